@@ -1,0 +1,114 @@
+"""Ferryman live-migrates running virtual machines between hosts.
+
+::
+
+    async with ferryman.connect("qemu:///embed?root=/srv/a") as a, ferryman.connect("qemu:///embed?root=/srv/b") as b:
+        domain = await a.lookup_by_name("web")
+        result = await domain.migrate(b)
+
+:mod:`ferryman.sync` has the same names for blocking callers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ferryman.capabilities import Capabilities, Negotiation, negotiate
+    from ferryman.connection import Connection, Domain, connect
+    from ferryman.errors import FerrymanError, InDoubtError, MigrationError
+    from ferryman.migration import MigrationJob
+    from ferryman.plan import Plan
+    from ferryman.types import (
+        DomainEvent,
+        DomainInfo,
+        DomainState,
+        DomainStatistics,
+        Finding,
+        GuestState,
+        MigrationOptions,
+        MigrationResult,
+        Phase,
+        PhaseEvent,
+        ProgressEvent,
+        SettledEvent,
+        Side,
+        TransferStatistics,
+    )
+    from ferryman.uri import ConnectionURI, MigrationURI
+
+_HOMES = {
+    "connect": "connection",
+    "Connection": "connection",
+    "Domain": "connection",
+    "MigrationOptions": "types",
+    "MigrationJob": "migration",
+    "MigrationResult": "types",
+    "Plan": "plan",
+    "Finding": "types",
+    "PhaseEvent": "types",
+    "ProgressEvent": "types",
+    "SettledEvent": "types",
+    "TransferStatistics": "types",
+    "Phase": "types",
+    "Side": "types",
+    "GuestState": "types",
+    "DomainInfo": "types",
+    "DomainState": "types",
+    "DomainStatistics": "types",
+    "DomainEvent": "types",
+    "Capabilities": "capabilities",
+    "Negotiation": "capabilities",
+    "negotiate": "capabilities",
+    "ConnectionURI": "uri",
+    "MigrationURI": "uri",
+    "FerrymanError": "errors",
+    "MigrationError": "errors",
+    "InDoubtError": "errors",
+}
+
+__all__ = [  # noqa: RUF022 - ordered by importance
+    "connect",
+    "Connection",
+    "Domain",
+    "MigrationOptions",
+    "MigrationJob",
+    "MigrationResult",
+    "Plan",
+    "Finding",
+    "PhaseEvent",
+    "ProgressEvent",
+    "SettledEvent",
+    "TransferStatistics",
+    "Phase",
+    "Side",
+    "GuestState",
+    "DomainInfo",
+    "DomainState",
+    "DomainStatistics",
+    "DomainEvent",
+    "Capabilities",
+    "Negotiation",
+    "negotiate",
+    "ConnectionURI",
+    "MigrationURI",
+    "FerrymanError",
+    "MigrationError",
+    "InDoubtError",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's module at its first use: programs that only look at types need no event loop."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ferryman' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ferryman.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -1,0 +1,244 @@
+"""Libvirt domain XML that drivers share: parse, edit, render.
+
+Only what every driver needs is read here (name, uuid, type, memory, vcpus); a driver reads the rest from
+:attr:`Definition.root` and refuses by name what it does not know.  Parsing resolves no entity, loads no DTD, opens no
+network connection and is bounded in size and depth.
+
+Source: libvirt, docs/formatdomain.rst (general metadata, memory allocation, units).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import uuid as uuid_module
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ferryman.errors import DefinitionError
+from ferryman.types import DomainUUID
+
+if TYPE_CHECKING:
+    from lxml.etree import _Element
+
+MAX_DEFINITION_BYTES = 1_048_576
+"""A document longer than this is refused before it is parsed."""
+
+_UNITS = {
+    "b": 1,
+    "bytes": 1,
+    "KB": 10**3,
+    "k": 2**10,
+    "KiB": 2**10,
+    "MB": 10**6,
+    "M": 2**20,
+    "MiB": 2**20,
+    "GB": 10**9,
+    "G": 2**30,
+    "GiB": 2**30,
+    "TB": 10**12,
+    "T": 2**40,
+    "TiB": 2**40,
+}
+_MAX_MEMORY_BYTES = 2**53
+_NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Definition:
+    """A parsed domain definition.
+
+    :param root: the ``<domain>`` element; never changed in place: edits return a new definition.
+    :param memory_bytes: of ``<memory>``, rounded up to whole KiB as libvirt does.
+    """
+
+    root: _Element
+    type: str
+    name: str
+    uuid: DomainUUID
+    memory_bytes: int
+    vcpus: int
+
+    def render(self) -> str:
+        """Write the definition as XML."""
+        from lxml import etree
+
+        return etree.tostring(self.root, encoding="unicode")
+
+    def renamed(self, name: str) -> Definition:
+        """Give the definition another name.
+
+        :raises DefinitionError: the name cannot be used.
+        """
+        return self.edited(name=name)
+
+    def edited(self, **texts: str) -> Definition:
+        """Replace the texts of direct children of ``<domain>``, and check the result."""
+        root = copy.deepcopy(self.root)
+        for tag, text in texts.items():
+            element = root.find(tag)
+            if element is None:
+                from lxml import etree
+
+                element = etree.SubElement(root, tag)
+            element.text = text
+        return from_root(root)
+
+
+def parse_definition(text: str) -> Definition:
+    """Read a domain definition; a missing uuid is made up.
+
+    :raises DefinitionError: not well-formed, too large, or without what every domain has; names element and line.
+    """
+    return from_root(parse_xml(text))
+
+
+def parse_xml(text: str) -> _Element:
+    """Parse any XML document as this module does.
+
+    :raises DefinitionError: not well-formed, too large, or with a DTD.
+    """
+    from lxml import etree
+
+    if not isinstance(text, str):
+        raise DefinitionError(f"a definition is a text, not {type(text).__name__}")
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise DefinitionError("the definition holds characters that no XML document may hold") from error
+    if len(data) > MAX_DEFINITION_BYTES:
+        raise DefinitionError(f"the definition has {len(data)} bytes, more than {MAX_DEFINITION_BYTES}")
+    parser = etree.XMLParser(
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        huge_tree=False,
+        remove_comments=True,
+        remove_pis=True,
+        encoding="utf-8",
+    )
+    try:
+        root = etree.fromstring(data, parser)
+    except etree.XMLSyntaxError as error:
+        raise DefinitionError(f"the definition is not well-formed XML: {error.msg}", line=error.lineno) from error
+    if root.getroottree().docinfo.doctype:
+        raise DefinitionError("the definition has a document type declaration, which no domain needs: remove it")
+    return root
+
+
+def from_root(root: _Element) -> Definition:
+    """Check a ``<domain>`` element."""
+    if root.tag != "domain":
+        raise _error(root, f"the definition's root element is <{root.tag}>, not <domain>")
+    kind = root.get("type", "")
+    if not kind:
+        raise _error(root, "<domain> has no type attribute")
+    return Definition(
+        root=root,
+        type=kind,
+        name=_read_name(root),
+        uuid=_read_uuid(root),
+        memory_bytes=_read_memory(root),
+        vcpus=_read_vcpus(root),
+    )
+
+
+def rename_definition(text: str, name: str) -> str:
+    """Give a definition another name."""
+    return parse_definition(text).renamed(name).render()
+
+
+def minimal_definition(*, name: str, uuid: DomainUUID, type: str = "unknown", memory_bytes: int = 1024) -> str:  # noqa: A002
+    """Write the document that stands for a domain whose driver gives none."""
+    from lxml import etree
+
+    root = etree.Element("domain", type=type)
+    for tag, text in (("name", name), ("uuid", uuid), ("memory", str(max(1, memory_bytes // 1024))), ("vcpu", "1")):
+        etree.SubElement(root, tag).text = text
+    return etree.tostring(root, encoding="unicode")
+
+
+def _error(element: Any, message: str) -> DefinitionError:
+    line: int | None = element.sourceline
+    where = f" (line {line})" if line else ""
+    return DefinitionError(message + where, element=_path(element), line=line)
+
+
+def _path(element: Any) -> str:
+    parts = [str(element.tag)]
+    parts.extend(str(ancestor.tag) for ancestor in element.iterancestors())
+    return "/".join(reversed(parts))
+
+
+definition_error = _error
+"""Make the error for an element at fault: its path and line are taken from the element."""
+
+
+def _only(root: _Element, tag: str) -> _Element | None:
+    found = root.findall(tag)
+    if len(found) > 1:
+        raise _error(found[1], f"<{tag}> stands twice in <{root.tag}>")
+    return found[0] if found else None
+
+
+def _text(element: _Element) -> str:
+    if len(element):
+        raise _error(element[0], f"<{element.tag}> holds a text, not <{element[0].tag}>")
+    return (element.text or "").strip()
+
+
+def _read_name(root: _Element) -> str:
+    element = _only(root, "name")
+    if element is None or not _text(element):
+        raise _error(root if element is None else element, "<domain> has no <name>")
+    name = _text(element)
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise _error(element, f"{name!r:.80} cannot be a name: 1 to 200 characters, no '/' and no control characters")
+    return name
+
+
+def _read_uuid(root: _Element) -> DomainUUID:
+    element = _only(root, "uuid")
+    if element is None:
+        from lxml import etree
+
+        element = etree.SubElement(root, "uuid")
+        element.text = str(uuid_module.uuid4())
+    text = _text(element)
+    try:
+        canonical = str(uuid_module.UUID(text))
+    except ValueError as error:
+        raise _error(element, f"{text!r:.80} is not a uuid") from error
+    element.text = canonical
+    return DomainUUID(canonical)
+
+
+def _read_memory(root: _Element) -> int:
+    element = _only(root, "memory")
+    if element is None:
+        raise _error(root, "<domain> has no <memory>")
+    text = _text(element)
+    unit = element.get("unit", "KiB")
+    if unit not in _UNITS:
+        raise _error(element, f"{unit!r:.20} is not a unit of memory: use one of {', '.join(_UNITS)}")
+    number = _whole(element, text, "memory")
+    amount = -(-number * _UNITS[unit] // 1024) * 1024
+    if not 0 < amount <= _MAX_MEMORY_BYTES:
+        raise _error(element, f"memory of {text} {unit} is outside 1 KiB to 8 PiB")
+    return amount
+
+
+def _read_vcpus(root: _Element) -> int:
+    element = _only(root, "vcpu")
+    if element is None:
+        return 1
+    number = _whole(element, _text(element), "vcpu")
+    if not 1 <= number <= 4096:
+        raise _error(element, f"{number} virtual processors are outside 1 to 4096")
+    return number
+
+
+def _whole(element: _Element, text: str, what: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise _error(element, f"{text!r:.40} is not a whole number for {what}")
+    return int(text)

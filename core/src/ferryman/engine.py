@@ -1,0 +1,911 @@
+"""One host's end of its migrations: runs the table of :mod:`ferryman.handover` against hooks and a journal.
+
+A caller (:mod:`ferryman.migration`, a daemon, another host) sends messages to a :class:`Host`; each becomes an input
+of the table, and the table's step is done in its order: record, actions, answer.  What an action finds out is the
+next input.  The Host decides nothing that the table does not say, and the caller decides nothing at all.
+
+Shields: a step is never torn by cancellation; only ``prepare`` (while its receiver starts) and the transfer itself
+can be cancelled, and both then end by an input of the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, assert_never
+
+import anyio
+
+from ferryman.definition import minimal_definition, rename_definition
+from ferryman.errors import (
+    BeginError,
+    ConfirmError,
+    DomainBusyError,
+    DomainStateError,
+    DriverContractError,
+    FerrymanError,
+    FinishError,
+    HypervisorError,
+    InDoubtError,
+    JournalError,
+    MigrationError,
+    MigrationURIMissingError,
+    PaperError,
+    PerformError,
+    PrepareError,
+)
+from ferryman.handover import (
+    Action,
+    Cookie,
+    Evidence,
+    GuestEvidence,
+    Input,
+    MigrationRow,
+    OutOfOrderError,
+    Paper,
+    PaperKind,
+    Receipt,
+    Record,
+    State,
+    TransferEvidence,
+    admit_answer,
+    admit_question,
+    decode_cookie,
+    encode_cookie,
+    fall_back,
+    names,
+    recover,
+    step,
+)
+from ferryman.hookspecs import (
+    AbortRequest,
+    BeginReply,
+    BeginRequest,
+    ConfirmReply,
+    ConfirmRequest,
+    DomainRequest,
+    EvidenceRequest,
+    FinishRequest,
+    PerformReply,
+    PerformRequest,
+    PrepareReply,
+    PrepareRequest,
+    SweepRequest,
+    TuneRequest,
+    Verdict,
+)
+from ferryman.types import (
+    DomainInfo,
+    DomainState,
+    DomainUUID,
+    GuestState,
+    MigrationId,
+    MigrationOptions,
+    Phase,
+    Side,
+    TransferStatistics,
+    Tuning,
+)
+from ferryman.uri import MigrationURI
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from ferryman.journal import Journal
+    from ferryman.registry import Hooks
+
+_log = logging.getLogger(__name__)
+
+_ASK_FIRST_S = 0.05
+_ASK_LONGEST_S = 30.0
+_RECOVERY_ROUNDS = 8
+_DRIVER_PREFIX = "driver."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """Begin's answer: the passport for the destination, and what it builds the domain from."""
+
+    id: MigrationId
+    cookie: bytes
+    definition: str
+    paused: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """Prepare's answer: the receipt for the source, and where it connects to."""
+
+    cookie: bytes
+    migration_uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Performed:
+    """Perform's answer: a cookie that is the proof of stop, or ``kept``, or only a question.
+
+    :param error: why there is no proof, or None.
+    """
+
+    kind: PaperKind
+    cookie: bytes
+    statistics: TransferStatistics
+    stopped_for_ms: float | None = None
+    error: FerrymanError | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The destination's decision, or why there is none yet.
+
+    :param domain: the domain as it is here, with the claim and only with it.
+    :param tail_ms: time from the command that ran the guest to this answer: not part of the blackout.
+    """
+
+    kind: PaperKind
+    cookie: bytes
+    reason: str = ""
+    domain: DomainInfo | None = None
+    tail_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Confirmed:
+    """What the source made of the decision.
+
+    :param kind: ``kept`` or ``given``, or ``pending`` where the paper decided nothing.
+    """
+
+    kind: PaperKind
+    statistics: TransferStatistics | None = None
+    guest_gone: bool = False
+
+
+class Endpoint(Protocol):
+    """What a caller, or another host, can say to one host about migrations."""
+
+    @property
+    def address(self) -> str:
+        """Connection URI by which this host can be asked."""
+
+    async def begin(self, domain: DomainInfo, options: MigrationOptions) -> Begun:
+        """Lock a domain and write its passport."""
+
+    async def prepare(
+        self, cookie: bytes, domain: DomainInfo, definition: str, options: MigrationOptions, *, paused: bool
+    ) -> Prepared:
+        """Reserve everything and start the receiver."""
+
+    async def perform(
+        self,
+        cookie: bytes,
+        migration_uri: str,
+        options: MigrationOptions,
+        progress: Callable[[TransferStatistics], None],
+    ) -> Performed:
+        """Send the state."""
+
+    async def decide(self, cookie: bytes) -> Finished:
+        """Claim, refuse, or answer a question: finish, cancel and ask are one message with different papers."""
+
+    async def confirm(self, cookie: bytes) -> Confirmed:
+        """Let go with the claim, resume with the refusal."""
+
+    async def give_up(self, migration_id: MigrationId) -> None:
+        """End a migration whose transfer has not begun, or cancel the transfer."""
+
+    async def tune(self, migration_id: MigrationId, tuning: Tuning) -> None:
+        """Change a running transfer."""
+
+    async def renew(self, side: Side, migration_id: MigrationId) -> None:
+        """Say that the caller is still there: the lease starts anew."""
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """One open migration on this host: its row, its state, and what only memory holds."""
+
+    side: Side
+    state: State
+    row: MigrationRow
+    options: MigrationOptions = field(default_factory=MigrationOptions)
+    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    stale: bool = False
+    """A write failed, so the journal must be read before anything else is done."""
+    lease_end: float = math.inf
+    transfer: anyio.CancelScope | None = None
+    transfer_request: PerformRequest | None = None
+    transfer_reply: PerformReply | None = None
+    prepare_request: PrepareRequest | None = None
+    prepare_reply: PrepareReply | None = None
+    failure: FerrymanError | None = None
+    confirm_reply: ConfirmReply = field(default_factory=ConfirmReply)
+    domain: DomainInfo | None = None
+    ran_at: float = 0.0
+    abort_asked: bool = False
+    done: bool = False
+
+
+class Host:
+    """The engine of one connection's host.
+
+    :param peer: opens the endpoint behind an address, to ask it; used when a decision is missing.
+    :param start: starts a background task that lives as long as the connection.
+    """
+
+    def __init__(
+        self,
+        hooks: Hooks,
+        journal: Journal,
+        *,
+        address: str,
+        peer: Callable[[str, Callable[[Endpoint], Awaitable[None]]], Awaitable[None]],
+        start: Callable[[Callable[[], Awaitable[None]]], None],
+    ) -> None:
+        self._hooks = hooks
+        self._journal = journal
+        self._address = address
+        self._peer = peer
+        self._start = start
+        self._runs: dict[tuple[Side, MigrationId], _Run] = {}
+        self._admitting: set[DomainUUID] = set()
+
+    @property
+    def address(self) -> str:
+        """Connection URI by which this host can be asked."""
+        return self._address
+
+    # What the connection asks
+
+    def require_free(self, uuid: DomainUUID, name: str) -> None:
+        """Refuse a change of a domain that a migration has locked.
+
+        :raises DomainBusyError: a migration of it is open here.
+        """
+        if uuid in self._admitting:
+            raise DomainBusyError(f"a migration of domain {name} is starting here: wait for it or abort it", domain=name)
+        for run in self._runs.values():
+            if run.row.uuid == uuid and not run.done:
+                raise DomainBusyError(
+                    f"migration {run.row.migration_id} of domain {name} is open here (state {run.state.value}):"
+                    " wait for it, abort it, or resolve it",
+                    domain=name,
+                )
+
+    def open_migrations(self) -> list[MigrationRow]:
+        """Rows of all migrations that are open here, in doubt or under way."""
+        return [run.row for run in self._runs.values() if not run.done]
+
+    async def recover(self) -> None:
+        """Settle every open row of the journal, as far as this host can alone; ask for the rest in the background."""
+        for row in await self._journal.open_rows():
+            run = _Run(side=row.side, state=fall_back(row.record), row=row)
+            self._runs[row.side, row.migration_id] = run
+            try:
+                async with run.lock:
+                    await self._recover(run)
+            except FerrymanError as error:
+                _log.warning(
+                    "migration %s of domain %s could not be settled yet: %s", row.migration_id, row.name, error
+                )
+            if not run.done and run.state in (State.STOPPED, State.SILENT):
+                self._start(lambda run=run: self._ask_until_answered(run))  # type: ignore[misc]
+        await self._hook_unless_missing("migrate_sweep", SweepRequest(known=frozenset(id for _, id in self._runs)))
+
+    # Source
+
+    async def begin(self, domain: DomainInfo, options: MigrationOptions) -> Begun:
+        """Lock a domain to a new migration.
+
+        :raises BeginError: nothing was changed. :raises DomainBusyError: another migration of it is open.
+        :cancellation: nothing is left.
+        """
+        self.require_free(domain.uuid, domain.name)
+        with self._admit(domain.uuid):
+            await self._journal.require_room()
+            migration_id = MigrationId(secrets.token_hex(16))
+            reply = await self._begin_hook(BeginRequest(id=migration_id, domain=domain, options=options))
+            row = MigrationRow(
+                side=Side.SOURCE,
+                migration_id=migration_id,
+                generation=await self._journal.generation(domain.uuid) + 1,
+                uuid=domain.uuid,
+                name=domain.name,
+                record=Record.BEGUN,
+                process=reply.process,
+                arrives_paused=reply.paused,
+                extra=_flags(undefine=options.undefine_source),
+            )
+            run = _Run(side=Side.SOURCE, state=State.ABSENT, row=row, options=options)
+            with anyio.CancelScope(shield=True):
+                await self._feed(run, Input.BEGIN)
+            self._runs[Side.SOURCE, migration_id] = run
+        self._lease(run)
+        return Begun(
+            id=migration_id,
+            cookie=self._cookie(run, PaperKind.PASSPORT, _from_driver(reply.cookie)),
+            definition=reply.definition,
+            paused=reply.paused,
+        )
+
+    async def _begin_hook(self, request: BeginRequest) -> BeginReply:
+        if self._hooks.has("migrate_begin"):
+            return await self._hooks.call("migrate_begin", request, BeginReply)
+        domain = request.domain
+        definition = minimal_definition(name=domain.name, uuid=domain.uuid)
+        if self._hooks.has("domain_definition"):
+            definition = await self._hooks.call(
+                "domain_definition", DomainRequest(uuid=domain.uuid, name=domain.name), str
+            )
+        return BeginReply(definition=definition, paused=domain.state is DomainState.PAUSED)
+
+    async def perform(
+        self,
+        cookie: bytes,
+        migration_uri: str,
+        options: MigrationOptions,
+        progress: Callable[[TransferStatistics], None],
+    ) -> Performed:
+        """Send the state; answer with the proof of stop, with ``kept``, or with neither.
+
+        :raises PaperError: the cookie is no receipt for an open migration; nothing was changed.
+        :cancellation: as :meth:`give_up`.
+        """
+        receipt = decode_cookie(cookie)
+        run = await self._run(Side.SOURCE, receipt.paper)
+        if run is None or receipt.paper.kind is not PaperKind.RECEIPT or receipt.paper.receipt is None:
+            raise PaperError("the cookie is no receipt for a migration that began here")
+        async with run.lock:
+            if run.state is not State.BEGUN:
+                raise PaperError(
+                    f"migration {run.row.migration_id} was performed or given up before (it is {run.state.value})"
+                )
+            run.row = replace(run.row, receipt=receipt.paper.receipt, peer_address=receipt.address)
+            run.transfer_request = PerformRequest(
+                id=run.row.migration_id,
+                domain=_info(run.row),
+                process=run.row.process,
+                migration_uri=migration_uri,
+                options=options,
+                progress=progress,
+                cookie=_to_driver(receipt),
+            )
+            answer = await self._feed(run, Input.PERFORM)
+        reply = run.transfer_reply
+        return Performed(
+            kind=answer or PaperKind.ASK,
+            cookie=self._cookie(run, answer or PaperKind.ASK),
+            statistics=reply.statistics if reply is not None else TransferStatistics(),
+            stopped_for_ms=reply.stopped_for_ms if reply is not None else None,
+            error=run.failure,
+        )
+
+    async def confirm(self, cookie: bytes) -> Confirmed:
+        """Let go with the claim, resume with the refusal; any other paper changes nothing.
+
+        :raises ConfirmError: the paper decided, but the source could not act on it; the next opening tries again.
+        :cancellation: shielded.
+        """
+        answer = decode_cookie(cookie)
+        run = await self._run(Side.SOURCE, answer.paper)
+        if run is None:
+            raise PaperError(f"no migration {answer.paper.migration_id} began here")
+        with anyio.CancelScope(shield=True):
+            async with run.lock:
+                await self._refresh(run)
+                newest = await self._journal.generation(run.row.uuid) == run.row.generation
+                given = admit_answer(run.row, answer.paper, newest=newest)
+                if given is None:
+                    return Confirmed(kind=PaperKind.PENDING)
+                kind = await self._answer(run, given)
+        return Confirmed(
+            kind=kind, statistics=run.confirm_reply.statistics, guest_gone=run.confirm_reply.guest_gone
+        )
+
+    async def give_up(self, migration_id: MigrationId) -> None:
+        """End a migration before its transfer, or cancel the transfer: then perform answers what came of it."""
+        run = self._runs.get((Side.SOURCE, migration_id))
+        if run is None:
+            return
+        run.abort_asked = True
+        if run.transfer is not None:
+            run.transfer.cancel()
+            return
+        with anyio.CancelScope(shield=True):
+            async with run.lock:
+                if run.state is State.BEGUN:
+                    await self._feed(run, Input.GIVE_UP)
+
+    async def tune(self, migration_id: MigrationId, tuning: Tuning) -> None:
+        """Change a running transfer.
+
+        :raises DomainStateError: no transfer of that migration runs here.
+        """
+        run = self._runs.get((Side.SOURCE, migration_id))
+        if run is None or run.transfer is None:
+            raise DomainStateError(
+                f"migration {migration_id} is not sending, so there is nothing to change",
+                domain=run.row.name if run is not None else "",
+            )
+        request = TuneRequest(id=migration_id, uuid=run.row.uuid, process=run.row.process, tuning=tuning)
+        await self._hooks.call("migrate_tune", request, type(None))
+
+    # Destination
+
+    async def prepare(
+        self, cookie: bytes, domain: DomainInfo, definition: str, options: MigrationOptions, *, paused: bool
+    ) -> Prepared:
+        """Reserve everything and start the receiver; answer with the receipt.
+
+        :raises PrepareError: nothing is left here. :raises PaperError: the cookie is no passport, or a late one.
+        :cancellation: nothing is left here.
+        """
+        passport = decode_cookie(cookie)
+        paper = passport.paper
+        if paper.kind is not PaperKind.PASSPORT:
+            raise PaperError("the cookie is no passport")
+        if any(run.row.uuid == domain.uuid for run in self._runs.values() if not run.done):
+            await self._settle_older(domain, paper.generation)
+        self.require_free(domain.uuid, domain.name)
+        with self._admit(domain.uuid):
+            await self._journal.require_room()
+            known = await self._journal.generation(domain.uuid)
+            if paper.generation <= known or await self._journal.read(Side.DESTINATION, paper.migration_id) is not None:
+                raise PaperError(
+                    f"migration {paper.migration_id} of domain {domain.name} comes too late: this host has seen"
+                    f" generation {known} of the domain, and the passport says {paper.generation}"
+                )
+            name = options.name or domain.name
+            request = PrepareRequest(
+                id=paper.migration_id,
+                uuid=domain.uuid,
+                name=name,
+                definition=rename_definition(definition, name) if options.name else definition,
+                migration_uri=options.migration_uri,
+                paused=paused,
+                options=options,
+                cookie=_to_driver(passport),
+            )
+            run = _Run(
+                side=Side.DESTINATION,
+                state=State.ABSENT,
+                options=options,
+                prepare_request=request,
+                row=MigrationRow(
+                    side=Side.DESTINATION,
+                    migration_id=paper.migration_id,
+                    generation=paper.generation,
+                    uuid=domain.uuid,
+                    name=name,
+                    record=Record.PREPARED,
+                    peer_address=passport.address,
+                    arrives_paused=paused,
+                    extra=_flags(persist=options.persist),
+                ),
+            )
+            self._runs[Side.DESTINATION, paper.migration_id] = run
+            try:
+                async with run.lock:
+                    await self._feed(run, Input.PREPARE)
+            except JournalError:
+                await self._discard_unwritten(run)
+                raise
+            finally:
+                if run.state is not State.PREPARED:
+                    run.done = True
+                    self._runs.pop((Side.DESTINATION, paper.migration_id), None)
+        reply = run.prepare_reply
+        assert reply is not None
+        self._lease(run)
+        uri = reply.migration_uri or options.migration_uri
+        assert uri is not None
+        return Prepared(
+            cookie=self._cookie(run, PaperKind.RECEIPT, _from_driver(reply.cookie)), migration_uri=uri
+        )
+
+    async def _discard_unwritten(self, run: _Run) -> None:
+        """End a receiver whose ``prepared`` could not be written: no receipt left, so nobody can ask for it."""
+        with anyio.CancelScope(shield=True):
+            await self._hooks.call("migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None))
+
+    async def decide(self, cookie: bytes) -> Finished:
+        """Answer finish, cancel, or a question.
+
+        :raises JournalError: the decision could not be written, and the guest was not touched; ask again.
+        :cancellation: shielded: the decision's result is always awaited and read.
+        """
+        question = decode_cookie(cookie)
+        paper = question.paper
+        with anyio.CancelScope(shield=True):
+            run = await self._run(Side.DESTINATION, paper)
+            given = admit_question(run.row if run is not None else None, paper)
+            if isinstance(given, PaperKind):
+                answer = replace(paper, kind=given, reason="")
+                return Finished(kind=given, cookie=encode_cookie(Cookie(paper=answer, address=self.address)))
+            if run is None:
+                run = self._stranger(paper)
+            async with run.lock:
+                await self._refresh(run)
+                if run.state is State.CLAIMING:
+                    # Only a failed write or a lost answer leaves a run here: look again before answering.
+                    await self._recover(run)
+                kind = await self._answer(run, given)
+            tail = (anyio.current_time() - run.ran_at) * 1000 if run.ran_at else 0.0
+            return Finished(
+                kind=kind,
+                cookie=self._cookie(run, kind),
+                reason=run.row.reason,
+                domain=(run.domain or _info(run.row)) if kind is PaperKind.CLAIM else None,
+                tail_ms=tail,
+            )
+
+    def _stranger(self, paper: Paper) -> _Run:
+        return _Run(
+            side=Side.DESTINATION,
+            state=State.ABSENT,
+            row=MigrationRow(
+                side=Side.DESTINATION,
+                migration_id=paper.migration_id,
+                generation=paper.generation,
+                uuid=DomainUUID(""),
+                name="",
+                record=Record.NEVER_PREPARED,
+            ),
+        )
+
+    async def renew(self, side: Side, migration_id: MigrationId) -> None:
+        """Start the lease anew."""
+        run = self._runs.get((side, migration_id))
+        if run is not None:
+            run.lease_end = anyio.current_time() + run.options.lease_s
+
+    async def _settle_older(self, domain: DomainInfo, generation: int) -> None:
+        """End what an older generation of this domain left open here, before a newer one is prepared."""
+        for run in list(self._runs.values()):
+            if run.row.uuid != domain.uuid or run.done or run.row.generation >= generation:
+                continue
+            if run.side is Side.DESTINATION:
+                async with run.lock:
+                    if run.state is State.PREPARED:
+                        run.row = replace(run.row, reason="a newer migration of the domain came")
+                        await self._feed(run, Input.CANCEL)
+            elif run.state in (State.STOPPED, State.SILENT):
+                await self._ask_once(run)
+
+    # The table at work
+
+    async def _answer(self, run: _Run, given: Input) -> PaperKind:
+        """Feed an input; first finish what a decided row has not finished, so that nothing is told too early."""
+        if run.row.record.decided and run.state is not State.ABSENT and not run.done:
+            await self._feed(run, Input.RESTART)
+        try:
+            answer = await self._feed(run, given)
+        except OutOfOrderError as error:
+            raise PaperError(f"migration {run.row.migration_id} of domain {run.row.name}: {error}") from error
+        return answer or PaperKind.PENDING
+
+    async def _feed(self, run: _Run, given: Input) -> PaperKind | None:
+        """Do the step that the table names, and every step that its actions lead to."""
+        following: Input | None = given
+        answer: PaperKind | None = None
+        while following is not None:
+            found = step(run.state, following)
+            if found.record is not None:
+                run.row = await self._write(run, replace(run.row, record=found.record, settled=False))
+            run.state = found.state
+            answer = found.answer
+            following = None
+            for action in found.actions:
+                following = await self._act(run, action)
+        return answer
+
+    async def _write(self, run: _Run, row: MigrationRow) -> MigrationRow:
+        try:
+            return await self._journal.write(row)
+        except JournalError:
+            run.stale = True
+            raise
+
+    async def _refresh(self, run: _Run) -> None:
+        """After a failed write: what does the journal say?"""
+        if not run.stale:
+            return
+        row = await self._journal.read(run.side, run.row.migration_id)
+        run.stale = False
+        if row is not None:
+            run.row = row
+            state = fall_back(row.record)
+            # A proof that was given stays given: only memory knows it, and memory was not lost.
+            if not (state is State.HANDING and run.state in (State.STOPPED, State.SILENT)):
+                run.state = state
+
+    async def _act(self, run: _Run, action: Action) -> Input | None:
+        match action:
+            case Action.START_RECEIVER:
+                return await self._start_receiver(run)
+            case Action.TRANSFER:
+                return await self._transfer(run)
+            case Action.RUN_GUEST:
+                return await self._run_guest(run)
+            case Action.CANCEL_TRANSFER:
+                await self._hook_unless_missing(
+                    "migrate_abort",
+                    AbortRequest(id=run.row.migration_id, uuid=run.row.uuid, process=run.row.process),
+                )
+            case Action.DESTROY_RECEIVER:
+                await self._hooks.call("migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None))
+            case Action.RESUME:
+                await self._confirm_hook(run, Verdict.KEPT)
+            case Action.DESTROY_COPY:
+                await self._confirm_hook(run, Verdict.GIVEN)
+            case Action.ADOPT:
+                await self._adopt(run)
+            case Action.SETTLE:
+                await self._settle(run)
+            case _:
+                assert_never(action)
+        return None
+
+    async def _start_receiver(self, run: _Run) -> Input:
+        request = run.prepare_request
+        assert request is not None
+        try:
+            reply = await self._hooks.call("migrate_prepare", request, PrepareReply)
+            uri = reply.migration_uri or request.migration_uri
+            if uri is None:
+                raise MigrationURIMissingError(
+                    "neither the caller nor the destination named a migration URI: set the option migration_uri",
+                    phase=Phase.PREPARE,
+                    side=Side.DESTINATION,
+                    domain=request.name,
+                    guest_state=GuestState.SOURCE,
+                )
+            MigrationURI.parse(uri)
+        except BaseException as error:
+            # An id is prepared once: the tombstone bars a late prepare, whatever made this one fail.
+            run.row = replace(run.row, reason=str(error) or type(error).__name__)
+            with anyio.CancelScope(shield=True):
+                await self._feed(run, Input.RECEIVER_FAILED)
+            raise
+        run.prepare_reply = reply
+        run.row = replace(run.row, process=reply.process)
+        return Input.RECEIVER_UP
+
+    async def _transfer(self, run: _Run) -> Input:
+        request = run.transfer_request
+        assert request is not None
+        run.failure = None
+        try:
+            with anyio.CancelScope() as scope:
+                run.transfer = scope
+                if run.abort_asked:
+                    scope.cancel()
+                run.transfer_reply = await self._hooks.call("migrate_perform", request, PerformReply)
+        except (InDoubtError, DriverContractError) as error:
+            run.failure = error
+            with anyio.CancelScope(shield=True):
+                return await self._look(run) or Input.LOST
+        except FerrymanError as error:
+            run.failure = error
+            run.row = replace(run.row, reason=str(error))
+            return Input.STAYED
+        except anyio.get_cancelled_exc_class():
+            run.row = replace(run.row, reason="aborted")
+            with anyio.CancelScope(shield=True):
+                await self._feed(run, Input.STAYED)
+            raise
+        finally:
+            run.transfer = None
+        if run.transfer_reply is None:
+            run.row = replace(run.row, reason="aborted")
+            return Input.STAYED
+        return Input.PROVED
+
+    async def _run_guest(self, run: _Run) -> Input:
+        try:
+            await self._hooks.call("migrate_finish", self._finish_request(run, Verdict.RUN), type(None))
+        except FinishError as error:
+            run.row = replace(run.row, reason=error.message)
+            run.failure = error
+            return Input.NEVER_RAN
+        except FerrymanError as error:
+            # The command's fate is unknown.  A receiver that still waits never ran, for nobody else commands it.
+            _log.warning("running domain %s failed in an unknown way: %s", run.row.name, error)
+            run.failure = error
+            evidence = await self._evidence(run)
+            if evidence.guest is GuestEvidence.STOPPED:
+                run.row = replace(run.row, reason=error.message)
+                return Input.NEVER_RAN
+        run.ran_at = anyio.current_time()
+        return Input.RAN
+
+    async def _adopt(self, run: _Run) -> None:
+        if self._hooks.has("migrate_adopt"):
+            run.domain = await self._hooks.call(
+                "migrate_adopt", self._finish_request(run, Verdict.RUN), DomainInfo
+            )
+
+    async def _confirm_hook(self, run: _Run, verdict: Verdict) -> None:
+        if not self._hooks.has("migrate_confirm"):
+            return
+        request = ConfirmRequest(
+            id=run.row.migration_id,
+            uuid=run.row.uuid,
+            name=run.row.name,
+            verdict=verdict,
+            process=run.row.process,
+            paused=run.row.arrives_paused,
+            undefine=dict(run.row.extra).get("undefine") == "yes",
+        )
+        run.confirm_reply = await self._hooks.call("migrate_confirm", request, ConfirmReply)
+
+    async def _settle(self, run: _Run) -> None:
+        run.done = True
+        self._runs.pop((run.side, run.row.migration_id), None)
+        try:
+            await self._journal.settle(run.row)
+        except JournalError as error:
+            _log.warning("migration %s ended, but its end could not be noted: %s", run.row.migration_id, error)
+
+    def _finish_request(self, run: _Run, verdict: Verdict) -> FinishRequest:
+        return FinishRequest(
+            id=run.row.migration_id,
+            uuid=run.row.uuid,
+            name=run.row.name,
+            verdict=verdict,
+            process=run.row.process,
+            paused=run.row.arrives_paused,
+            persist=dict(run.row.extra).get("persist") == "yes",
+        )
+
+    async def _hook_unless_missing(self, hook: str, request: object) -> None:
+        if self._hooks.has(hook):
+            await self._hooks.call(hook, request, type(None))
+
+    # After a crash, and whenever a side does not know
+
+    async def _evidence(self, run: _Run) -> Evidence:
+        if not self._hooks.has("migrate_evidence"):
+            return Evidence(guest=GuestEvidence.UNKNOWN, transfer=TransferEvidence.UNKNOWN)
+        request = EvidenceRequest(
+            id=run.row.migration_id,
+            uuid=run.row.uuid,
+            name=run.row.name,
+            side=run.side,
+            process=run.row.process,
+        )
+        return await self._hooks.call("migrate_evidence", request, Evidence)
+
+    async def _look(self, run: _Run) -> Input | None:
+        return recover(run.row, await self._evidence(run))
+
+    async def _recover(self, run: _Run) -> None:
+        """Feed what the evidence says until the row is settled, waits for the other side, or nobody knows more."""
+        for _ in range(_RECOVERY_ROUNDS):
+            if run.done or run.state in (State.STOPPED, State.SILENT):
+                return
+            given = await self._look(run)
+            if given is None:
+                _log.warning(
+                    "migration %s of domain %s is in doubt: the hypervisor does not say what became of the guest",
+                    run.row.migration_id,
+                    run.row.name,
+                )
+                return
+            if given is Input.CANCEL:
+                run.row = replace(run.row, reason="the destination was restarted before the guest had arrived")
+            await self._feed(run, given)
+
+    async def _ask_once(self, run: _Run) -> None:
+        """Ask the destination, and act on what decides."""
+        kind = PaperKind.PROOF if run.state is State.STOPPED else PaperKind.ASK
+        question = self._cookie(run, kind)
+
+        async def ask(destination: Endpoint) -> None:
+            finished = await destination.decide(question)
+            await self.confirm(finished.cookie)
+
+        await self._peer(run.row.peer_address, ask)
+
+    async def _ask_until_answered(self, run: _Run) -> None:
+        wait_s = _ASK_FIRST_S
+        while not run.done:
+            try:
+                await self._ask_once(run)
+            except FerrymanError as error:
+                _log.info("migration %s is still in doubt: %s", run.row.migration_id, error)
+            if not run.done:
+                await anyio.sleep(wait_s)
+                wait_s = min(wait_s * 2, _ASK_LONGEST_S)
+
+    def _lease(self, run: _Run) -> None:
+        """Let an undecided side give up by itself when its caller is gone (rule 5)."""
+        run.lease_end = anyio.current_time() + run.options.lease_s
+        self._start(lambda: self._watch_lease(run))
+
+    async def _watch_lease(self, run: _Run) -> None:
+        while not run.done:
+            left_s = run.lease_end - anyio.current_time()
+            if left_s > 0:
+                await anyio.sleep(left_s)
+                continue
+            try:
+                await self._lease_ended(run)
+            except FerrymanError as error:
+                _log.warning("migration %s could not be settled yet: %s", run.row.migration_id, error)
+            run.lease_end = anyio.current_time() + run.options.lease_s
+
+    async def _lease_ended(self, run: _Run) -> None:
+        """Do what a side does by itself: give up, refuse, look again, or ask."""
+        if run.transfer is not None:
+            run.transfer.cancel()
+            return
+        if run.state in (State.STOPPED, State.SILENT):
+            await self._ask_until_answered(run)
+            return
+        async with run.lock:
+            if run.done or run.lease_end > anyio.current_time():
+                return
+            with anyio.CancelScope(shield=True):
+                await self._refresh(run)
+                match run.state:
+                    case State.PREPARED | State.BEGUN:
+                        run.row = replace(run.row, reason="the caller was not heard of for the length of the lease")
+                        await self._feed(run, Input.CANCEL if run.state is State.PREPARED else Input.GIVE_UP)
+                    case State.HANDING | State.CLAIMING:
+                        await self._recover(run)
+                    case _:
+                        if run.row.record.decided:
+                            await self._feed(run, Input.RESTART)
+
+    # Small things
+
+    async def _run(self, side: Side, paper: Paper) -> _Run | None:
+        """Find the run that a paper names, in memory or in the journal."""
+        run = self._runs.get((side, paper.migration_id))
+        if run is not None:
+            return run
+        row = await self._journal.read(side, paper.migration_id)
+        if row is None:
+            return None
+        return _Run(side=side, state=fall_back(row.record), row=row, done=row.settled)
+
+    @contextmanager
+    def _admit(self, uuid: DomainUUID) -> Iterator[None]:
+        self._admitting.add(uuid)
+        try:
+            yield
+        finally:
+            self._admitting.discard(uuid)
+
+    def _cookie(self, run: _Run, kind: PaperKind, extra: tuple[tuple[str, str], ...] = ()) -> bytes:
+        return encode_cookie(Cookie(paper=run.row.paper(kind), address=self.address, extra=extra))
+
+
+def _flags(**flags: bool) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "yes") for name, value in flags.items() if value)
+
+
+def _from_driver(cookie: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((_DRIVER_PREFIX + key, value) for key, value in cookie.items())
+
+
+def _to_driver(cookie: Cookie) -> dict[str, str]:
+    return {
+        key.removeprefix(_DRIVER_PREFIX): value for key, value in cookie.extra if key.startswith(_DRIVER_PREFIX)
+    }
+
+
+def _info(row: MigrationRow) -> DomainInfo:
+    return DomainInfo(
+        name=row.name,
+        uuid=row.uuid,
+        state=DomainState.PAUSED if row.arrives_paused else DomainState.RUNNING,
+        persistent=False,
+        memory_bytes=0,
+        vcpus=0,
+    )
+

@@ -1,0 +1,594 @@
+"""Every hook of Ferryman: the only file that a driver's author must read.
+
+A driver is an object with some of the methods of :class:`DriverHooks`, each marked ``@hookimpl``, each ``async def``,
+each with ONE parameter named ``request`` and no default.  Its class is named by an entry point::
+
+    [project.entry-points."ferryman.drivers"]
+    mylab = "ferryman_mylab:MyLabDriver"        # opened by mylab://...
+
+and is constructed with no argument for each connection.  ``capabilities``, ``migrate_prepare``, ``migrate_perform``
+and ``migrate_finish`` make a working driver; every other hook is optional and its docstring says what happens without
+it.  Requests grow by fields, never by new hooks with a number.
+
+Who owns the guest
+==================
+
+========  ===========  ===================================  =====================================================
+phase     side         on success                           on failure (any exception from :mod:`ferryman.errors`)
+========  ===========  ===================================  =====================================================
+begin     source       the source owns it, unchanged        the source owns it, unchanged
+prepare   destination  the source owns it; a receiver       the source owns it; nothing is left here
+                       waits that cannot run by itself
+perform   source       the source owns it, *stopped*, and   the source owns it, and it runs (or is paused, if it
+                       its hypervisor cannot resume it by   was) as before: raising means that no proof of stop
+                       itself: the proof of stop            was or will be given
+finish    destination  RUN: the destination owns it;        RUN: the guest never ran here, and the receiver may
+                       DISCARD: nothing is left here        still wait: DISCARD follows
+confirm   source       GIVEN: nothing is left here;         the owner does not change; confirm is done again at
+                       KEPT: the source owns it, running    the next opening of the host
+========  ===========  ===================================  =====================================================
+
+The core writes the journal around these hooks, so a driver keeps no record of its own about ownership.  Every hook
+with an ``id`` in its request may be called again after a crash and then completes what is left, or finds it done.
+
+Errors
+======
+Raise errors of :mod:`ferryman.errors`.  Anything else is a broken contract, reported with the name of your
+distribution.  Cancellation must pass through; where a hook's docstring says *shielded*, finish first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from ferryman.types import (
+    DomainEvent,
+    DomainInfo,
+    DomainStatistics,
+    DomainUUID,
+    Finding,
+    MigrationEvent,
+    MigrationId,
+    MigrationOptions,
+    Side,
+    TransferStatistics,
+    Tuning,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from anyio.abc import TaskGroup
+
+    from ferryman.capabilities import Capabilities
+    from ferryman.handover import Evidence
+    from ferryman.plan import Plan
+    from ferryman.uri import ConnectionURI
+
+PROJECT = "ferryman"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a method of a driver or an observer as the implementation of a hook."""
+
+
+# Requests and replies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenRequest:
+    """Open the host that a URI names.
+
+    :param tasks: runs the driver's background tasks until the connection closes; a task that raises ends the
+        connection, so a task handles its own errors.
+    :param emit: tells the connection's listeners that something happened to a domain; never blocks.
+    """
+
+    uri: ConnectionURI
+    tasks: TaskGroup
+    emit: Callable[[DomainEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenReply:
+    """What the core needs to know of the host.
+
+    :param journal: where the host's journal lies; None lets the core choose a place under the user's state directory.
+    :param address: connection URI by which another end can ask this host; None is the URI that was opened.
+    """
+
+    journal: Path | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostRequest:
+    """A request about the host as a whole: it has no parameters yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookupRequest:
+    """Find a domain; exactly one of the two is set."""
+
+    name: str | None = None
+    uuid: DomainUUID | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DefinitionRequest:
+    """Make a domain from libvirt domain XML.
+
+    :param paused: for ``domain_create``: leave it paused.
+    """
+
+    definition: str
+    paused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainRequest:
+    """A request about one domain.
+
+    :param paused: for ``domain_start``: leave it paused.
+    """
+
+    uuid: DomainUUID
+    name: str
+    paused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckRequest:
+    """What the plan asks each side before anything moves.
+
+    :param source: the source's capabilities.
+    :param destination: the destination's capabilities.
+    :param definition: the domain's definition, as the destination would get it.
+    :param options: those in effect, best-effort ones that are not supported already dropped.
+    :param facts: at the destination: what the source's check told; empty at the source, which is asked first.
+    """
+
+    side: Side
+    domain: DomainInfo
+    definition: str
+    options: MigrationOptions
+    source: Capabilities
+    destination: Capabilities
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckReply:
+    """What a side found.
+
+    :param facts: small texts for the destination's check, such as the identity of a disk.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeginRequest:
+    """Get ready to send a domain."""
+
+    id: MigrationId
+    domain: DomainInfo
+    options: MigrationOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeginReply:
+    """What the source knows of the domain.
+
+    :param definition: what the destination builds the domain from.
+    :param paused: the guest is paused now, and arrives paused.
+    :param process: identity of the guest's process, opaque to the core; must not be reused after a restart.
+    :param cookie: small texts for the destination's driver.
+    """
+
+    definition: str
+    paused: bool = False
+    process: str = ""
+    cookie: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareRequest:
+    """Make ready to receive a domain.
+
+    :param definition: from begin, with the name already changed where the caller asked for it.
+    :param migration_uri: what the caller asked for, or None.
+    :param paused: the guest stays paused here.
+    :param cookie: from the source's driver.
+    """
+
+    id: MigrationId
+    uuid: DomainUUID
+    name: str
+    definition: str
+    migration_uri: str | None
+    paused: bool
+    options: MigrationOptions
+    cookie: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareReply:
+    """Where the receiver waits.
+
+    :param migration_uri: where the source connects to; None keeps what the caller asked for.
+    :param process: identity of the receiver, opaque to the core.
+    :param cookie: small texts for the source's driver.
+    """
+
+    migration_uri: str | None = None
+    process: str = ""
+    cookie: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerformRequest:
+    """Send a domain's state.
+
+    :param migration_uri: where the receiver waits.
+    :param progress: takes a sample of the counters; never blocks; call it when something changed.
+    :param cookie: from the destination's driver.
+    """
+
+    id: MigrationId
+    domain: DomainInfo
+    process: str
+    migration_uri: str
+    options: MigrationOptions
+    progress: Callable[[TransferStatistics], None]
+    cookie: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerformReply:
+    """The guest is stopped for good at the source: returning this IS the proof of stop.
+
+    :param statistics: of the whole transfer, as far as they are known without lengthening the blackout.
+    :param stopped_for_ms: how long the guest has been stopped, by this host's monotonic clock; None for a guest that
+        was paused before.
+    """
+
+    statistics: TransferStatistics
+    stopped_for_ms: float | None = None
+
+
+class Verdict(Enum):
+    """What finish and confirm are to do."""
+
+    RUN = "run"
+    DISCARD = "discard"
+    GIVEN = "given"
+    KEPT = "kept"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishRequest:
+    """Run the arrived guest, or discard it.
+
+    :param verdict: RUN or DISCARD.
+    :param process: the receiver's identity, as prepare gave it; '' after a prepare that failed.
+    :param paused: RUN verifies that the whole state is here and leaves the guest paused.
+    :param persist: keep the definition once the guest has run.
+    """
+
+    id: MigrationId
+    uuid: DomainUUID
+    name: str
+    verdict: Verdict
+    process: str
+    paused: bool = False
+    persist: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmRequest:
+    """Let the domain go, or keep it.
+
+    :param verdict: GIVEN or KEPT.
+    :param process: the guest's process as begin gave it: act on this one, never on a name.
+    :param paused: KEPT leaves the guest paused.
+    :param undefine: GIVEN also removes the definition.
+    """
+
+    id: MigrationId
+    uuid: DomainUUID
+    name: str
+    verdict: Verdict
+    process: str
+    paused: bool = False
+    undefine: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmReply:
+    """What confirm found.
+
+    :param statistics: counters that were not known at the end of perform, or None.
+    :param guest_gone: KEPT was asked for, but the guest's process is gone: the domain is shut off.
+    """
+
+    statistics: TransferStatistics | None = None
+    guest_gone: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneRequest:
+    """Change a running transfer."""
+
+    id: MigrationId
+    uuid: DomainUUID
+    process: str
+    tuning: Tuning
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AbortRequest:
+    """End a transfer that a crashed caller left behind."""
+
+    id: MigrationId
+    uuid: DomainUUID
+    process: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRequest:
+    """End receivers that nobody answers for.
+
+    :param known: migrations that the journal holds open; every other receiver is a stray.
+    """
+
+    known: frozenset[MigrationId]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvidenceRequest:
+    """Say what the hypervisor knows of a process that an open row names."""
+
+    id: MigrationId
+    uuid: DomainUUID
+    name: str
+    side: Side
+    process: str
+
+
+class DriverHooks:
+    """The hooks of a driver.  Exactly one implementation of each is awaited."""
+
+    @hookspec
+    async def connection_open(self, request: OpenRequest) -> OpenReply:
+        """Open the host.  Without it there is nothing to open.
+
+        :raises ConnectError: the host cannot be reached or used.
+        :raises HostBusyError: another program holds it.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def connection_close(self, request: HostRequest) -> None:
+        """Let the host go; guests go on running.  Without it nothing is done."""
+        raise NotImplementedError
+
+    @hookspec
+    async def capabilities(self, request: HostRequest) -> Capabilities:
+        """Say what this host and driver can do, and nothing more.  Required."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_list(self, request: HostRequest) -> list[DomainInfo]:
+        """List all domains, receivers of migrations left out.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_lookup(self, request: LookupRequest) -> DomainInfo:
+        """Find a domain by name or uuid.
+
+        Without it a look-up by name answers a running domain of that name with a uuid derived from scheme and name,
+        and a look-up by uuid is not supported.
+
+        :raises DomainNotFoundError: there is none.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_define(self, request: DefinitionRequest) -> DomainInfo:
+        """Make a persistent domain, shut off, or change its definition.  Without it: not supported.
+
+        :raises DefinitionError: an element is unknown or has a value that cannot be used.
+        :raises DomainExistsError: the name belongs to another uuid.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_create(self, request: DefinitionRequest) -> DomainInfo:
+        """Make and start a transient domain.  Without it: not supported.  Errors as ``domain_define``."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_start(self, request: DomainRequest) -> DomainInfo:
+        """Start a persistent domain.  Without it: not supported.
+
+        :raises DomainStateError: it is active.
+        :raises HypervisorError: it could not be started; it stays shut off.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_suspend(self, request: DomainRequest) -> None:
+        """Pause a running domain; a paused one stays paused.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_resume(self, request: DomainRequest) -> None:
+        """Run a paused domain; a running one goes on.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_shutdown(self, request: DomainRequest) -> None:
+        """Ask the guest to shut down; returns before it has.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_destroy(self, request: DomainRequest) -> None:
+        """End the guest at once; a transient domain is gone afterwards.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_undefine(self, request: DomainRequest) -> None:
+        """Forget a persistent definition; a running guest becomes transient.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_definition(self, request: DomainRequest) -> str:
+        """Give the definition as libvirt domain XML.  Without it: a document of name, uuid and type only."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_statistics(self, request: DomainRequest) -> DomainStatistics:
+        """Give the domain's counters.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_check(self, request: CheckRequest) -> CheckReply:
+        """Say what would stop or endanger this migration here.  Changes nothing.  Without it: nothing is found."""
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_begin(self, request: BeginRequest) -> BeginReply:
+        """Get ready at the source.  The journal's ``begun`` is written after it and before anybody is told.
+
+        Without it the definition is that of ``domain_definition`` and the process has no identity.
+
+        :raises BeginError: nothing was changed.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_prepare(self, request: PrepareRequest) -> PrepareReply:
+        """Reserve name, uuid, memory and port, and start a receiver that cannot run by itself.  Required.
+
+        :raises PrepareError: nothing is left here.
+        :cancellation: nothing is left here.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_perform(self, request: PerformRequest) -> PerformReply:
+        """Send the state and stop the guest.  Returning is the proof of stop.  Required.
+
+        INVARIANT: return only when the hypervisor can no longer resume the guest by itself, and never destroy it.
+
+        :raises PerformError: the guest is at the source as before, and no proof was or will be given.
+        :raises InDoubtError: contact with the hypervisor was lost, so that nobody here can tell; the core asks.
+        :cancellation: asks for an abort. Before the guest is stopped for good: undo and let the cancellation pass,
+            which means the same as PerformError. Too late for that: return as if it had not come.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_finish(self, request: FinishRequest) -> None:
+        """Run the arrived guest, or discard it.  Required.
+
+        RUN is called after ``claiming`` is durable; it may be called again after a crash and then finds the guest
+        running, or runs it.  DISCARD ends the receiver and returns when it is gone; one that is gone is no error.
+
+        :raises FinishError: RUN: the guest never ran (the state is not whole, or the command failed).
+        :cancellation: shielded by the core.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_adopt(self, request: FinishRequest) -> DomainInfo:
+        """Turn the receiver that ran into a domain, after ``claimed`` is durable.
+
+        Without it the domain is what prepare was told.  Done again after a crash it finds the domain.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_confirm(self, request: ConfirmRequest) -> ConfirmReply:
+        """Let the domain go, or resume it.  Without it nothing is done: perform and finish left nothing to do.
+
+        :raises ConfirmError: it could not be done; it is tried again at the next opening of the host.
+        :cancellation: shielded by the core.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_tune(self, request: TuneRequest) -> None:
+        """Change a running transfer.  Without it: not supported.
+
+        :raises HypervisorError: the setting is unchanged.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_abort(self, request: AbortRequest) -> None:
+        """End a transfer that nobody awaits any more, after a restart; evidence is gathered afterwards.
+
+        It never resumes a stopped guest itself; a hypervisor that does so on its own is right to.  A running
+        ``migrate_perform`` is aborted by cancelling it instead.  Without it nothing is done.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_sweep(self, request: SweepRequest) -> None:
+        """End receivers that an earlier program started and never wrote down.  Called once after an opening.
+
+        Without it nothing is done.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_evidence(self, request: EvidenceRequest) -> Evidence:
+        """Say what the hypervisor knows of a process.  Without it everything is unknown and a person is asked.
+
+        The process is the one of that identity: one of the same name or number is another.
+        """
+        raise NotImplementedError
+
+
+class ObserverHooks:
+    """The hooks of observers (entry points ``ferryman.observers``).  Every observer is called."""
+
+    @hookspec
+    async def migration_review(self, request: Plan) -> list[Finding]:
+        """Add findings to a plan; a blocker is a veto.
+
+        An observer that fails here blocks the plan, since its word is missing.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migration_event(self, request: ObservedEvent) -> None:
+        """See an event of a migration.  What an observer raises is logged with its distribution's name."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObservedEvent:
+    """An event, with the migration that it is about.
+
+    :param id: None until begin has made one.
+    """
+
+    id: MigrationId | None
+    uuid: DomainUUID
+    name: str
+    source: str
+    destination: str
+    event: MigrationEvent
+
+
+def hook_names(hooks: type[Any]) -> tuple[str, ...]:
+    """Names of the hooks that a specification class declares, in its order."""
+    return tuple(name for name in vars(hooks) if not name.startswith("_"))

@@ -1,0 +1,232 @@
+"""From a scheme to a driver, and from a driver to its hooks.
+
+Drivers are found through entry points (``ferryman.drivers`` by scheme, ``ferryman.transports`` by transport,
+``ferryman.observers`` by any name).  Each connection gets one :class:`Hooks`: a pluggy manager that holds exactly one
+driver and the observers.  pluggy neither awaits nor inspects coroutines, so this module does: one implementation is
+awaited, its reply's type is checked, and whatever breaks the contract is raised with the name of the distribution.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pluggy
+
+from ferryman.errors import DriverContractError, DriverLoadError, FerrymanError, NotSupportedError, UnknownSchemeError
+from ferryman.hookspecs import PROJECT, DriverHooks, ObservedEvent, ObserverHooks, hook_names
+from ferryman.types import Finding, FindingSeverity
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from ferryman.plan import Plan
+    from ferryman.uri import ConnectionURI
+
+_log = logging.getLogger(__name__)
+
+DRIVERS = "ferryman.drivers"
+TRANSPORTS = "ferryman.transports"
+OBSERVERS = "ferryman.observers"
+_REQUIRED = ("capabilities", "migrate_prepare", "migrate_perform", "migrate_finish")
+
+T = TypeVar("T")
+
+
+class Hooks:
+    """The hooks of one connection: one driver, any number of observers."""
+
+    def __init__(self, driver: object, distribution: str) -> None:
+        self.distribution = distribution
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(DriverHooks)
+        self._manager.add_hookspecs(ObserverHooks)
+        self._observers: dict[str, str] = {}
+        self._register(driver, distribution)
+        for name in _REQUIRED:
+            if not self.has(name):
+                raise DriverContractError(
+                    f"{distribution} has no hook {name}, which every driver needs", distribution=distribution, hook=name
+                )
+
+    def _register(self, plugin: object, distribution: str) -> str:
+        try:
+            name = self._manager.register(plugin, name=f"{distribution}:{len(self._manager.get_plugins())}")
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise DriverContractError(
+                f"{distribution} implements a hook that Ferryman does not have, or with other parameters: {error}",
+                distribution=distribution,
+                hook="",
+            ) from error
+        assert name is not None
+        return name
+
+    def add_observer(self, observer: object, distribution: str) -> None:
+        """Add an observer.
+
+        :raises DriverContractError: it implements a hook of drivers, or none that exists.
+        """
+        name = self._register(observer, distribution)
+        self._observers[name] = distribution
+        for hook in hook_names(DriverHooks):
+            if any(found.plugin is observer for found in getattr(self._manager.hook, hook).get_hookimpls()):
+                raise DriverContractError(
+                    f"the observer of {distribution} implements {hook}, which belongs to drivers",
+                    distribution=distribution,
+                    hook=hook,
+                )
+
+    def has(self, hook: str) -> bool:
+        """Whether the driver implements a hook."""
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
+    async def call(self, hook: str, request: object, expects: type[T] | tuple[type, ...]) -> T:
+        """Await the driver's implementation of a hook.
+
+        :raises NotSupportedError: the driver has none.
+        :raises DriverContractError: it is not a coroutine function, answered another type, or raised what is not
+            Ferryman's.
+        """
+        if not self.has(hook):
+            raise NotSupportedError(f"the driver {self.distribution} does not support {hook.replace('_', ' ')}")
+        reply = await self._await_one(hook, getattr(self._manager.hook, hook)(request=request))
+        if not isinstance(reply, expects):
+            wanted = expects.__name__ if isinstance(expects, type) else " or ".join(t.__name__ for t in expects)
+            raise self._broken(hook, f"answered {type(reply).__name__} where {wanted} is due")
+        return reply  # type: ignore[return-value]  # the tuple form answers object, as its callers know
+
+    async def _await_one(self, hook: str, found: list[Any]) -> object:
+        awaitable = found[0]
+        if not inspect.isawaitable(awaitable):
+            raise self._broken(hook, "is not an async function")
+        try:
+            return await awaitable
+        except FerrymanError:
+            raise
+        except Exception as error:  # the boundary to code that is not ours
+            raise self._broken(hook, f"raised {type(error).__name__}, which is not an error of Ferryman") from error
+
+    def _broken(self, hook: str, what: str) -> DriverContractError:
+        return DriverContractError(
+            f"the hook {hook} of {self.distribution} {what}: report it to that distribution",
+            distribution=self.distribution,
+            hook=hook,
+        )
+
+    async def review(self, plan: Plan) -> list[Finding]:
+        """Ask every observer for findings; one that fails blocks."""
+        findings: list[Finding] = []
+        for distribution, awaitable in self._each_observer("migration_review", plan):
+            try:
+                reply = await awaitable
+            except Exception as error:  # the boundary to code that is not ours
+                _log.exception("observer failed to review a plan", extra={"distribution": distribution})
+                reply = [
+                    Finding(
+                        code="observer-failed",
+                        severity=FindingSeverity.BLOCKER,
+                        side=None,
+                        message=f"the observer {distribution} failed to review the plan: {type(error).__name__}: {error}",
+                        remedy="mend or uninstall the observer",
+                    )
+                ]
+            findings.extend(reply)
+        return findings
+
+    async def observe(self, event: ObservedEvent) -> None:
+        """Show an event to every observer; what they raise is logged and nothing else."""
+        for distribution, awaitable in self._each_observer("migration_event", event):
+            try:
+                await awaitable
+            except Exception:  # the boundary to code that is not ours
+                _log.exception("observer failed on an event", extra={"distribution": distribution})
+
+    @property
+    def observed(self) -> bool:
+        """Whether anybody observes."""
+        return bool(self._observers)
+
+    def _each_observer(self, hook: str, request: object) -> list[tuple[str, Awaitable[Any]]]:
+        if not self._observers:
+            return []
+        caller = getattr(self._manager.hook, hook)
+        return [
+            (self._observers[found.plugin_name], found.function(request))
+            for found in caller.get_hookimpls()
+            if found.plugin_name in self._observers
+        ]
+
+
+def open_driver(uri: ConnectionURI) -> Hooks:
+    """Make the hooks for a connection URI: its driver and every installed observer.
+
+    :raises UnknownSchemeError: nothing installed serves the scheme or the transport.
+    :raises DriverLoadError: what serves it cannot be imported or constructed.
+    :raises DriverContractError: it does not follow :mod:`ferryman.hookspecs`.
+    """
+    namespace, name = (DRIVERS, uri.scheme) if uri.transport is None else (TRANSPORTS, uri.transport)
+    driver, distribution = _load_one(namespace, name, uri)
+    hooks = Hooks(driver, distribution)
+    for observer_name in _installed(OBSERVERS):
+        hooks.add_observer(*_load(OBSERVERS, observer_name))
+    return hooks
+
+
+def _installed(namespace: str) -> dict[str, list[str]]:
+    """Names in a namespace, each with the distributions that provide it."""
+    names: dict[str, list[str]] = {}
+    for entry in metadata.entry_points(group=namespace):
+        names.setdefault(entry.name, []).append(entry.dist.name if entry.dist is not None else "an unnamed distribution")
+    return names
+
+
+def _load_one(namespace: str, name: str, uri: ConnectionURI) -> tuple[object, str]:
+    installed = _installed(namespace)
+    providers = sorted(set(installed.get(name, ())))
+    if not providers:
+        kind = "driver for scheme" if namespace == DRIVERS else "transport"
+        known = ", ".join(sorted(installed)) or "none"
+        raise UnknownSchemeError(
+            f"no {kind} {name!r} is installed for {uri} (installed: {known}): install the distribution that provides it,"
+            f" by convention ferryman-{name if namespace == DRIVERS else 'remote'}",
+            scheme=name,
+            installed=sorted(installed),
+        )
+    if len(providers) > 1:
+        raise DriverLoadError(
+            f"{' and '.join(providers)} both provide {name!r} in {namespace}: uninstall one", distribution=providers[0]
+        )
+    return _load(namespace, name)
+
+
+def _load(namespace: str, name: str) -> tuple[object, str]:
+    from stevedore import NamedExtensionManager
+
+    distribution = _installed(namespace)[name][0]
+    failures: list[BaseException] = []
+    # The managers' own calling helpers swallow exceptions: only the loaded class is taken from them.
+    manager: Any = NamedExtensionManager(
+        namespace,
+        [name],
+        invoke_on_load=False,
+        on_load_failure_callback=lambda _manager, _entry, error: failures.append(error),
+    )
+    if failures or not manager.extensions:
+        cause = failures[0] if failures else None
+        raise DriverLoadError(
+            f"the entry point {name!r} of {distribution} in {namespace} cannot be loaded"
+            f"{f': {type(cause).__name__}: {cause}' if cause else ''}",
+            distribution=distribution,
+        ) from cause
+    try:
+        return manager.extensions[0].plugin(), distribution
+    except FerrymanError:
+        raise
+    except Exception as error:  # the boundary to code that is not ours
+        raise DriverLoadError(
+            f"the entry point {name!r} of {distribution} cannot be constructed: {type(error).__name__}: {error}",
+            distribution=distribution,
+        ) from error

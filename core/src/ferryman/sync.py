@@ -1,0 +1,333 @@
+"""The blocking face of Ferryman: the same objects, names and types as the asynchronous API, without ``await``.
+
+::
+
+    from ferryman.sync import connect
+
+    with connect("qemu:///embed?root=/srv/a") as a, connect("qemu:///embed?root=/srv/b") as b:
+        result = a.lookup_by_name("web").migrate(b).result()
+
+One event loop in a background thread serves all connections of the process and ends with the last of them.  Every
+call may be made from any thread.  Ctrl-C in a call is the cancellation of that call: in a migration it is the safe
+abort, and ``KeyboardInterrupt`` is raised once the guest's place is settled.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import anyio
+from anyio.from_thread import BlockingPortal, BlockingPortalProvider
+
+from ferryman import connection as _async
+from ferryman.types import MigrationOptions
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from ferryman import migration as _migration
+    from ferryman import plan as _plan
+    from ferryman.capabilities import Capabilities, Negotiation
+    from ferryman.handover import MigrationRow
+    from ferryman.types import (
+        DomainEvent,
+        DomainInfo,
+        DomainStatistics,
+        DomainUUID,
+        Finding,
+        MigrationEvent,
+        MigrationId,
+        MigrationResult,
+    )
+    from ferryman.uri import ConnectionURI
+
+T = TypeVar("T")
+
+_provider = BlockingPortalProvider()
+
+
+class _Call:
+    """One call on the loop's thread, whose cancellation can be awaited."""
+
+    def __init__(self, portal: BlockingPortal) -> None:
+        self._portal = portal
+        self._scope = anyio.CancelScope()
+        self._ended = threading.Event()
+
+    def run(self, ask: Callable[[], Awaitable[T]]) -> T:
+        future = self._portal.start_task_soon(self._run, ask)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            self._portal.call(self._scope.cancel)
+            # INVARIANT: nothing is left undecided behind an interrupt: the call has ended when it is raised.
+            self._ended.wait()
+            raise
+
+    async def _run(self, ask: Callable[[], Awaitable[T]]) -> T:
+        try:
+            with self._scope:
+                return await ask()
+            raise InterruptedError("the call was cancelled by an interrupt")
+        finally:
+            self._ended.set()
+
+
+def connect(uri: str | ConnectionURI) -> Connection:
+    """Make the connection to a host; it opens when it is entered with ``with``.
+
+    :raises URIError: the URI is malformed.
+    """
+    return Connection(_async.connect(uri))
+
+
+class Connection:
+    """See :class:`ferryman.Connection`."""
+
+    def __init__(self, connection: _async.Connection) -> None:
+        self._connection = connection
+        self._stack = ExitStack()
+        self._portal: BlockingPortal | None = None
+        self.uri = connection.uri
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(_provider)
+            stack.enter_context(_entered(self._portal, self._connection))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.__exit__(None, None, None)
+        self._portal = None
+
+    @property
+    def address(self) -> str:
+        """Connection URI by which another end can ask this host."""
+        return self._connection.address
+
+    def capabilities(self) -> Capabilities:
+        """See :meth:`ferryman.Connection.capabilities`."""
+        return self._call(self._connection.capabilities)
+
+    def list_domains(self) -> list[Domain]:
+        """See :meth:`ferryman.Connection.list_domains`."""
+        return [Domain(self, domain) for domain in self._call(self._connection.list_domains)]
+
+    def lookup_by_name(self, name: str) -> Domain:
+        """See :meth:`ferryman.Connection.lookup_by_name`."""
+        return Domain(self, self._call(partial(self._connection.lookup_by_name, name)))
+
+    def lookup_by_uuid(self, uuid: str) -> Domain:
+        """See :meth:`ferryman.Connection.lookup_by_uuid`."""
+        return Domain(self, self._call(partial(self._connection.lookup_by_uuid, uuid)))
+
+    def define(self, definition: str) -> Domain:
+        """See :meth:`ferryman.Connection.define`."""
+        return Domain(self, self._call(partial(self._connection.define, definition)))
+
+    def create(self, definition: str, *, paused: bool = False) -> Domain:
+        """See :meth:`ferryman.Connection.create`."""
+        return Domain(self, self._call(partial(self._connection.create, definition, paused=paused)))
+
+    @contextmanager
+    def events(self) -> Iterator[Iterator[DomainEvent]]:
+        """See :meth:`ferryman.Connection.events`; the iterator blocks for the next event."""
+        listening = self._connection.events()
+        stream = self._call(partial(_in_loop, listening.__enter__))
+        try:
+            yield self._iterate(stream)
+        finally:
+            self._call(partial(_in_loop, partial(listening.__exit__, None, None, None)))
+
+    def open_migrations(self) -> list[MigrationRow]:
+        """See :meth:`ferryman.Connection.open_migrations`."""
+        return self._connection.open_migrations()
+
+    def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
+        if self._portal is None:
+            # The asynchronous object says so, with the error and the words that it always has.
+            self._connection.hooks  # noqa: B018
+            raise AssertionError("unreachable")
+        return _Call(self._portal).run(ask)
+
+    def _iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+        while True:
+            try:
+                yield self._call(stream.__anext__)
+            except StopAsyncIteration:
+                return
+
+
+class Domain:
+    """See :class:`ferryman.Domain`."""
+
+    def __init__(self, connection: Connection, domain: _async.Domain) -> None:
+        self.connection = connection
+        self._domain = domain
+        self.name: str = domain.name
+        self.uuid: DomainUUID = domain.uuid
+
+    def __repr__(self) -> str:
+        return repr(self._domain)
+
+    def info(self) -> DomainInfo:
+        """See :meth:`ferryman.Domain.info`."""
+        return self._call(self._domain.info)
+
+    def definition(self) -> str:
+        """See :meth:`ferryman.Domain.definition`."""
+        return self._call(self._domain.definition)
+
+    def statistics(self) -> DomainStatistics:
+        """See :meth:`ferryman.Domain.statistics`."""
+        return self._call(self._domain.statistics)
+
+    def start(self, *, paused: bool = False) -> None:
+        """See :meth:`ferryman.Domain.start`."""
+        self._call(partial(self._domain.start, paused=paused))
+
+    def suspend(self) -> None:
+        """See :meth:`ferryman.Domain.suspend`."""
+        self._call(self._domain.suspend)
+
+    def resume(self) -> None:
+        """See :meth:`ferryman.Domain.resume`."""
+        self._call(self._domain.resume)
+
+    def shutdown(self) -> None:
+        """See :meth:`ferryman.Domain.shutdown`."""
+        self._call(self._domain.shutdown)
+
+    def destroy(self) -> None:
+        """See :meth:`ferryman.Domain.destroy`."""
+        self._call(self._domain.destroy)
+
+    def undefine(self) -> None:
+        """See :meth:`ferryman.Domain.undefine`."""
+        self._call(self._domain.undefine)
+
+    def plan_migration(self, destination: Connection, options: MigrationOptions | None = None) -> Plan:
+        """See :meth:`ferryman.Domain.plan_migration`."""
+        plan = self._call(partial(self._domain.plan_migration, destination._connection, options))
+        return Plan(self.connection, plan)
+
+    def migrate(self, destination: Connection, options: MigrationOptions | None = None) -> MigrationJob:
+        """See :meth:`ferryman.Domain.migrate`; ``result()`` runs it, or enter it with ``with`` to watch and steer."""
+        return MigrationJob(
+            self.connection, partial(self._domain.migrate, destination._connection, options)
+        )
+
+    def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
+        return self.connection._call(ask)
+
+
+class Plan:
+    """See :class:`ferryman.Plan`."""
+
+    def __init__(self, connection: Connection, plan: _plan.Plan) -> None:
+        self._connection = connection
+        self._plan = plan
+        self.info: DomainInfo = plan.info
+        self.options: MigrationOptions = plan.options
+        self.effective: MigrationOptions = plan.effective
+        self.negotiation: Negotiation = plan.negotiation
+        self.findings: tuple[Finding, ...] = plan.findings
+        self.blockers: tuple[Finding, ...] = plan.blockers
+        self.warnings: tuple[Finding, ...] = plan.warnings
+        self.dropped: tuple[str, ...] = plan.dropped
+
+    def explain(self) -> str:
+        """See :meth:`ferryman.Plan.explain`."""
+        return self._plan.explain()
+
+    def execute(self) -> MigrationJob:
+        """See :meth:`ferryman.Plan.execute`."""
+        return MigrationJob(self._connection, self._plan.execute)
+
+
+class MigrationJob:
+    """See :class:`ferryman.MigrationJob`."""
+
+    def __init__(self, connection: Connection, make: Callable[[], _migration.MigrationJob]) -> None:
+        self._connection = connection
+        self._make = make
+        self._job: _migration.MigrationJob | None = None
+        self._entered: AbstractContextManager[Any] | None = None
+
+    @property
+    def id(self) -> MigrationId | None:
+        """The migration's id; None until begin has made one."""
+        return self._job.id if self._job is not None else None
+
+    def __enter__(self) -> Self:
+        portal = self._connection._portal
+        if portal is None:
+            self._connection._call(_never)
+        assert portal is not None
+        self._job = self._connection._call(partial(_in_loop, self._make))
+        self._entered = _entered(portal, self._job)
+        self._entered.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        assert self._entered is not None
+        self._entered.__exit__(kind, error, trace)
+
+    def result(self) -> MigrationResult:
+        """See :meth:`ferryman.MigrationJob.result`; a job that was not entered is run through."""
+        if self._job is None:
+            with self:
+                return self.result()
+        return self._connection._call(self._job.result)
+
+    def progress(self) -> Iterator[MigrationEvent]:
+        """See :meth:`ferryman.MigrationJob.progress`; the iterator blocks for the next event."""
+        return self._connection._iterate(self._running().progress())
+
+    def abort(self) -> None:
+        """See :meth:`ferryman.MigrationJob.abort`."""
+        self._connection._call(partial(_in_loop, self._running().abort))
+
+    def set_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
+        """See :meth:`ferryman.MigrationJob.set_bandwidth`."""
+        self._connection._call(partial(self._running().set_bandwidth, bandwidth_bytes_per_s))
+
+    def set_max_downtime(self, max_downtime_ms: int) -> None:
+        """See :meth:`ferryman.MigrationJob.set_max_downtime`."""
+        self._connection._call(partial(self._running().set_max_downtime, max_downtime_ms))
+
+    def switch_to_postcopy(self) -> None:
+        """See :meth:`ferryman.MigrationJob.switch_to_postcopy`."""
+        self._connection._call(self._running().switch_to_postcopy)
+
+    def _running(self) -> _migration.MigrationJob:
+        if self._job is None:
+            raise RuntimeError("the job has not begun: enter it with 'with' to watch and steer it")
+        return self._job
+
+
+async def _in_loop(call: Callable[[], T]) -> T:
+    return call()
+
+
+async def _never() -> None:
+    raise AssertionError("unreachable")
+
+
+class _entered(AbstractContextManager[Any]):  # noqa: N801 - used as a function
+    """Enter and leave an asynchronous context manager in one task of the loop; an interrupt cancels that task's wait."""
+
+    def __init__(self, portal: BlockingPortal, manager: Any) -> None:
+        self._wrapped: AbstractContextManager[Any] = portal.wrap_async_context_manager(manager)
+
+    def __enter__(self) -> Any:
+        return self._wrapped.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        return self._wrapped.__exit__(kind, error, trace)

@@ -1,0 +1,409 @@
+"""The data that Ferryman's users, drivers and observers exchange: frozen, keyword-only, no I/O.
+
+Units live in the names: ``_bytes``, ``_s``, ``_ms``, ``_bytes_per_s``.  ``None`` means "not measured" or "not set",
+never zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import NewType
+
+from ferryman.errors import OptionError
+
+MigrationId = NewType("MigrationId", str)
+"""32 lower-case hexadecimal digits, made by the source at begin; an id is prepared, performed and decided once."""
+
+DomainUUID = NewType("DomainUUID", str)
+"""A uuid in its canonical lower-case form with dashes."""
+
+
+class Side(Enum):
+    """One of the two ends of a migration."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Phase(Enum):
+    """The five phases, in their order."""
+
+    BEGIN = "begin"
+    PREPARE = "prepare"
+    PERFORM = "perform"
+    FINISH = "finish"
+    CONFIRM = "confirm"
+
+
+class GuestState(Enum):
+    """Where the guest is, as far as can be told."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+    IN_DOUBT = "in-doubt"
+    GONE = "gone"
+
+    @property
+    def sentence(self) -> str:
+        """The state in plain words, for messages."""
+        return _GUEST_SENTENCES[self]
+
+
+_GUEST_SENTENCES = {
+    GuestState.SOURCE: "at the source",
+    GuestState.DESTINATION: "at the destination",
+    GuestState.IN_DOUBT: "in doubt, stopped at the source until the destination answers",
+    GuestState.GONE: "gone, the domain is shut off",
+}
+
+
+class DomainState(Enum):
+    """What a domain does now."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTTING_DOWN = "shutting-down"
+    SHUT_OFF = "shut-off"
+    CRASHED = "crashed"
+
+    @property
+    def active(self) -> bool:
+        """Whether the domain has a process at its hypervisor and so can be migrated live."""
+        return self in (DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN)
+
+
+class DomainEventKind(Enum):
+    """What happened to a domain."""
+
+    DEFINED = "defined"
+    UNDEFINED = "undefined"
+    STARTED = "started"
+    SUSPENDED = "suspended"
+    RESUMED = "resumed"
+    SHUT_DOWN = "shut-down"
+    DESTROYED = "destroyed"
+    CRASHED = "crashed"
+    MIGRATED_IN = "migrated-in"
+    MIGRATED_OUT = "migrated-out"
+
+
+class Feature(Enum):
+    """What a driver can do in a migration; the value is the element's name in ``<migration_features>``.
+
+    ``live``, ``rename`` and ``bandwidth`` are those of the 2007 review; the others are what the field has added.
+    """
+
+    LIVE = "live"
+    RENAME = "rename"
+    BANDWIDTH = "bandwidth"
+    BANDWIDTH_IN_FLIGHT = "bandwidth_in_flight"
+    MAX_DOWNTIME = "max_downtime"
+    MAX_DOWNTIME_IN_FLIGHT = "max_downtime_in_flight"
+    ABORT = "abort"
+    PAUSED = "paused"
+    PERSIST = "persist"
+    UNDEFINE_SOURCE = "undefine_source"
+    LISTEN_ADDRESS = "listen_address"
+    POSTCOPY = "postcopy"
+
+
+class FindingSeverity(Enum):
+    """Whether a finding of the plan stops the migration."""
+
+    BLOCKER = "blocker"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that the plan found, with its remedy.
+
+    :param code: kebab-case, stable; docs/reference/findings.md lists them.
+    :param side: where it was found, or None where it is about the pair.
+    :param message: one sentence that says what is.
+    :param remedy: one sentence that says what to do.
+    """
+
+    code: str
+    severity: FindingSeverity
+    side: Side | None
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainInfo:
+    """A domain as its host knows it now.
+
+    :param memory_bytes: memory that the guest is given at start.
+    :param persistent: whether the definition outlives the guest.
+    """
+
+    name: str
+    uuid: DomainUUID
+    state: DomainState
+    persistent: bool
+    memory_bytes: int
+    vcpus: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainStatistics:
+    """Counters of one domain; None where the driver does not measure.
+
+    :param cpu_time_s: processor time that the hypervisor's process has used.
+    :param resident_bytes: host memory in use by that process.
+    """
+
+    state: DomainState
+    cpu_time_s: float | None = None
+    resident_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainEvent:
+    """Something happened to a domain.
+
+    :param time_s: wall clock, seconds since the epoch; for people, never compared.
+    """
+
+    kind: DomainEventKind
+    name: str
+    uuid: DomainUUID
+    time_s: float
+    detail: str = ""
+
+
+_MAX_BANDWIDTH_BYTES_PER_S = 1 << 50
+_MAX_DOWNTIME_MS = 2_000_000
+
+
+def _need_int(option: str, value: object, low: int, high: int, unit: str) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise OptionError(
+            f"{option} must be a whole number from {low} to {high} {unit}, not {value!r}", option=option
+        )
+
+
+def _need_seconds(option: str, value: object, high: float) -> None:
+    if type(value) not in (int, float) or not 0 < value <= high:  # type: ignore[operator]
+        raise OptionError(f"{option} must be a number of seconds above 0 and up to {high:g}, not {value!r}", option=option)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigrationOptions:
+    """What the caller asks of one migration; checked when built, and against both hosts by the plan.
+
+    An option left at its default asks for nothing.  An option that a host cannot honour is a blocker of the plan,
+    unless its field's name stands in ``best_effort``: then it is dropped, and the plan says so.
+
+    :param name: the domain's name at the destination; None keeps it.
+    :param migration_uri: where the source connects to; None lets the destination propose one.
+    :param listen_address: address on which the destination listens; None is loopback or what the driver proposes.
+    :param bandwidth_bytes_per_s: cap of the transfer, 1 to 2**50; None is no cap.
+    :param max_downtime_ms: longest stop that the hypervisor may plan for, 1 to 2,000,000; None is its default.
+    :param paused: leave the guest paused at the destination. A guest that is paused when the migration begins
+        stays paused without this option.
+    :param persist: make the domain persistent at the destination.
+    :param undefine_source: remove the definition at the source once the guest runs at the destination.
+    :param best_effort: names of options that may be dropped where they are not supported.
+    :param lease_s: how long an undecided destination keeps its reservation after the last sign of its caller.
+    :param patience_s: how long a caller waits for an answer that decides the migration before it is in doubt.
+    :raises OptionError: a value is out of range, or an unknown option is named as best effort.
+    """
+
+    name: str | None = None
+    migration_uri: str | None = None
+    listen_address: str | None = None
+    bandwidth_bytes_per_s: int | None = None
+    max_downtime_ms: int | None = None
+    paused: bool = False
+    persist: bool = False
+    undefine_source: bool = False
+    best_effort: frozenset[str] = frozenset()
+    lease_s: float = 30.0
+    patience_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for option in ("name", "migration_uri", "listen_address"):
+            text = getattr(self, option)
+            if text is not None and (not isinstance(text, str) or not text.strip() or len(text) > 4096):
+                raise OptionError(f"{option} must be a text of 1 to 4096 characters, not {text!r:.80}", option=option)
+        if self.bandwidth_bytes_per_s is not None:
+            _need_int(
+                "bandwidth_bytes_per_s",
+                self.bandwidth_bytes_per_s,
+                1,
+                _MAX_BANDWIDTH_BYTES_PER_S,
+                "bytes per second",
+            )
+        if self.max_downtime_ms is not None:
+            _need_int("max_downtime_ms", self.max_downtime_ms, 1, _MAX_DOWNTIME_MS, "milliseconds")
+        for option in ("paused", "persist", "undefine_source"):
+            if type(getattr(self, option)) is not bool:
+                raise OptionError(f"{option} must be True or False, not {getattr(self, option)!r:.80}", option=option)
+        _need_seconds("lease_s", self.lease_s, 86_400)
+        _need_seconds("patience_s", self.patience_s, 86_400)
+        if not isinstance(self.best_effort, frozenset):
+            raise OptionError("best_effort must be a frozenset of option names", option="best_effort")
+        unknown = sorted(str(name) for name in self.best_effort - OPTION_FEATURES.keys())
+        if unknown:
+            raise OptionError(
+                f"best_effort names {', '.join(unknown)}, but only {', '.join(OPTION_FEATURES)} can be dropped",
+                option="best_effort",
+            )
+
+    def asked(self) -> tuple[str, ...]:
+        """Names of the options that ask for a feature, in the order of their declaration."""
+        return tuple(
+            option.name
+            for option in fields(self)
+            if option.name in OPTION_FEATURES and getattr(self, option.name) not in (None, False)
+        )
+
+
+OPTION_FEATURES: dict[str, Feature] = {
+    "name": Feature.RENAME,
+    "listen_address": Feature.LISTEN_ADDRESS,
+    "bandwidth_bytes_per_s": Feature.BANDWIDTH,
+    "max_downtime_ms": Feature.MAX_DOWNTIME,
+    "paused": Feature.PAUSED,
+    "persist": Feature.PERSIST,
+    "undefine_source": Feature.UNDEFINE_SOURCE,
+}
+"""The feature that each droppable option of :class:`MigrationOptions` needs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """A change to a running migration; None leaves a setting as it is.  Ranges as in :class:`MigrationOptions`.
+
+    :param bandwidth_bytes_per_s: new cap; 0 removes it.
+    :param postcopy: True switches to post-copy.
+    """
+
+    bandwidth_bytes_per_s: int | None = None
+    max_downtime_ms: int | None = None
+    postcopy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bandwidth_bytes_per_s is not None:
+            _need_int(
+                "bandwidth_bytes_per_s",
+                self.bandwidth_bytes_per_s,
+                0,
+                _MAX_BANDWIDTH_BYTES_PER_S,
+                "bytes per second",
+            )
+        if self.max_downtime_ms is not None:
+            _need_int("max_downtime_ms", self.max_downtime_ms, 1, _MAX_DOWNTIME_MS, "milliseconds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferStatistics:
+    """Counters of a transfer, cumulative; None where the driver does not measure.
+
+    :param iteration: 1 is the first pass over the memory.
+    :param transferred_bytes: bytes sent so far, of memory and device state.
+    :param remaining_bytes: memory still to send; it can rise while the guest writes.
+    :param total_bytes: the guest's memory.
+    :param dirty_bytes_per_s: rate at which the guest makes sent memory stale.
+    :param bandwidth_bytes_per_s: rate of the transfer now.
+    :param expected_downtime_ms: the hypervisor's estimate of the stop, were it to switch over now.
+    :param downtime_ms: the stop as the hypervisor measured it; known at the end.
+    :param setup_ms: time until the first byte of memory was sent.
+    :param total_ms: the hypervisor's own duration of the transfer; known at the end.
+    """
+
+    iteration: int | None = None
+    transferred_bytes: int | None = None
+    remaining_bytes: int | None = None
+    total_bytes: int | None = None
+    dirty_bytes_per_s: int | None = None
+    bandwidth_bytes_per_s: int | None = None
+    expected_downtime_ms: float | None = None
+    downtime_ms: float | None = None
+    setup_ms: float | None = None
+    total_ms: float | None = None
+
+    @property
+    def estimate_s(self) -> float | None:
+        """Seconds until the rest could be sent at today's rates; infinite where the guest writes faster."""
+        if self.remaining_bytes is None or not self.bandwidth_bytes_per_s:
+            return None
+        net = self.bandwidth_bytes_per_s - (self.dirty_bytes_per_s or 0)
+        return self.remaining_bytes / net if net > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseEvent:
+    """A phase began or ended.
+
+    :param elapsed_ms: since the migration's call.
+    :param error: code of the error with which the phase ended, or None.
+    """
+
+    phase: Phase
+    side: Side
+    ended: bool
+    elapsed_ms: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgressEvent:
+    """A sample of the transfer's counters.
+
+    :param elapsed_ms: since the migration's call.
+    """
+
+    statistics: TransferStatistics
+    elapsed_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettledEvent:
+    """The last event of every migration: where the guest is.
+
+    :param elapsed_ms: since the migration's call.
+    :param error: code of the error with which the migration ended, or None for success.
+    """
+
+    guest_state: GuestState
+    elapsed_ms: float
+    error: str | None = None
+
+
+MigrationEvent = PhaseEvent | ProgressEvent | SettledEvent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigrationResult:
+    """A migration that succeeded: the guest is at the destination.
+
+    :param name: the domain's name at the destination.
+    :param total_ms: the whole call, as the caller saw it, plan not included.
+    :param setup_ms: from the call to the first byte of the transfer.
+    :param downtime_ms: the stop as the hypervisor measured it, or None.
+    :param blackout_ms: from the guest's stop at the source to the answer of the command that ran it at the
+        destination: an upper bound, measured on one clock; None for a guest that was paused.
+    :param transferred_bytes: bytes sent.
+    :param iterations: passes over the memory.
+    :param phase_ms: duration of each phase; prepare runs beside begin's preparations, so the sum may exceed the total.
+    """
+
+    migration_id: MigrationId
+    uuid: DomainUUID
+    name: str
+    source: str
+    destination: str
+    total_ms: float
+    setup_ms: float | None
+    downtime_ms: float | None
+    blackout_ms: float | None
+    transferred_bytes: int | None
+    iterations: int | None
+    phase_ms: dict[Phase, float] = field(default_factory=dict)
+    dropped_options: tuple[str, ...] = ()

@@ -1,0 +1,256 @@
+"""One process of QEMU with its two monitors: ``control`` changes state, ``read`` only asks.
+
+INVARIANT: every command that changes the run state goes through ``control``, under :attr:`Guest.lock`.  A second way
+in could execute a late ``cont`` after the state was read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from dataclasses import replace
+from signal import SIGKILL
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ferryman.errors import HypervisorError
+from ferryman.types import DomainState
+from ferryman_qemu.monitor import Monitor, MonitorClosedError, MonitorError
+from ferryman_qemu.process import Process, find_strays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from anyio.abc import TaskGroup
+
+    from ferryman_qemu.qmp import Event
+    from ferryman_qemu.root import GuestRecord, RunDirectory
+
+_log = logging.getLogger(__name__)
+
+_LOG_TAIL_BYTES = 2000
+_QUIT_S = 5.0
+
+_STATES = {
+    "running": DomainState.RUNNING,
+    "shutdown": DomainState.SHUTTING_DOWN,
+    "guest-panicked": DomainState.CRASHED,
+    "internal-error": DomainState.CRASHED,
+}
+
+
+class Guest:
+    """A live process of QEMU: a domain, or a receiver that is to become one."""
+
+    def __init__(
+        self,
+        *,
+        record: GuestRecord,
+        run: RunDirectory,
+        process: Process,
+        control: Monitor,
+        read: Monitor,
+        ended: Callable[[Guest, str], None],
+        happened: Callable[[Guest, Event], None],
+    ) -> None:
+        self.record = record
+        self.run = run
+        self.process = process
+        self.control = control
+        self.read = read
+        self.lock = anyio.Lock()
+        self.loaded = anyio.Event()
+        self.incoming_failed = ""
+        self.gone = anyio.Event()
+        self.ending = ""
+        self._ended = ended
+        self._happened = happened
+
+    # Starting and finding
+
+    @classmethod
+    async def start(
+        cls,
+        record: GuestRecord,
+        run: RunDirectory,
+        argv: Callable[[int, int], Sequence[str]],
+        *,
+        log: Any,
+        tasks: TaskGroup,
+        ended: Callable[[Guest, str], None],
+        happened: Callable[[Guest, Event], None],
+    ) -> Guest:
+        """Start a process and connect to it.
+
+        :raises HypervisorError: it did not start; the message holds the last of what it printed. Nothing is left.
+        :cancellation: nothing is left.
+        """
+        run.write(record)
+        process: Process | None = None
+        try:
+            # Listening before it is started: the monitors answer when it is ready, and nobody has to look.
+            with run.listen("control") as control, run.listen("read") as read:
+                streams = await run.connect("control"), await run.connect("read")
+                arguments = list(argv(control.fileno(), read.fileno()))
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} start: {' '.join(arguments)}\n")
+                begin = log.stat().st_size
+                process = Process.spawn(arguments, output=log, inherited=(control.fileno(), read.fileno()))
+            record = replace(record, identity=process.identity)
+            run.write(record)
+            guest = cls(
+                record=record,
+                run=run,
+                process=process,
+                control=Monitor(streams[0], name=record.name),
+                read=Monitor(streams[1], name=record.name),
+                ended=ended,
+                happened=happened,
+            )
+            await guest._connect(tasks)
+            if guest.control.closed:
+                with anyio.move_on_after(_QUIT_S):
+                    await process.wait()
+                with open(log, "rb") as file:
+                    file.seek(begin)
+                    said = file.read()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+                raise HypervisorError(f"QEMU did not start domain {record.name}: {said or guest.control.close_reason}")
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                if process is not None:
+                    process.signal(SIGKILL)
+                    await process.wait()
+                    process.close()
+                run.remove()
+            if isinstance(error, OSError):
+                raise HypervisorError(f"QEMU could not be started for domain {record.name}: {error}") from error
+            raise
+        tasks.start_soon(guest._watch_process)
+        return guest
+
+    @classmethod
+    async def find(
+        cls,
+        run: RunDirectory,
+        *,
+        tasks: TaskGroup,
+        ended: Callable[[Guest, str], None],
+        happened: Callable[[Guest, Event], None],
+    ) -> Guest | None:
+        """Find the process that an earlier program started in this directory; clean up where there is none."""
+        record = run.read()
+        if record is None or not record.identity:
+            # Started and never written down, or never started: it has not run and nobody knows of it.
+            for stray in find_strays(run.pidfile):
+                stray.signal(SIGKILL)
+                await stray.wait()
+                stray.close()
+            run.remove()
+            return None
+        process = Process.find(record.identity)
+        if process is None:
+            run.remove()
+            return None
+        try:
+            control, read = await run.connect("control"), await run.connect("read")
+        except OSError as error:
+            process.close()
+            raise HypervisorError(
+                f"domain {record.name} runs as process {process.pid}, but its monitor cannot be reached: {error}"
+            ) from error
+        guest = cls(
+            record=record,
+            run=run,
+            process=process,
+            control=Monitor(control, name=record.name),
+            read=Monitor(read, name=record.name),
+            ended=ended,
+            happened=happened,
+        )
+        await guest._connect(tasks)
+        tasks.start_soon(guest._watch_process)
+        return guest
+
+    async def _connect(self, tasks: TaskGroup) -> None:
+        async with anyio.create_task_group() as both:
+            both.start_soon(tasks.start, self.control.run)
+            both.start_soon(tasks.start, self.read.run)
+        if not self.control.closed:
+            await tasks.start(self._watch_events)
+
+    # Watching
+
+    async def _watch_process(self) -> None:
+        await self.process.wait()
+        self.gone.set()
+        with anyio.CancelScope(shield=True):
+            await self.control.aclose()
+            await self.read.aclose()
+        self.process.close()
+        self.run.remove()
+        self._ended(self, self.ending)
+
+    async def _watch_events(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        with suppress(MonitorClosedError), self.control.events("STOP", "RESUME", "SHUTDOWN", "MIGRATION") as events:
+            task_status.started()
+            while True:
+                event = await events.get()
+                if event.name == "SHUTDOWN":
+                    self.ending = self.ending or ("shut-down" if event.data.get("guest") else "")
+                elif event.name == "MIGRATION" and self.record.migration:
+                    self._incoming(str(event.data.get("status")))
+                self._happened(self, event)
+
+    def _incoming(self, status: str) -> None:
+        if status == "completed":
+            self.loaded.set()
+        elif status == "failed":
+            self.incoming_failed = "the stream broke before the guest was whole"
+            self.loaded.set()
+
+    # Asking and commanding
+
+    async def ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Ask on the reading monitor. :raises HypervisorError: no answer, or a refusal."""
+        return await _execute(self.read, command, arguments)
+
+    async def command(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Command on the controlling monitor; take :attr:`lock` for what changes the run state."""
+        return await _execute(self.control, command, arguments)
+
+    async def run_state(self) -> str:
+        """QEMU's run state, asked in order with the commands of the controlling monitor."""
+        return str((await self.command("query-status"))["status"])
+
+    async def state(self) -> DomainState:
+        """The domain's state."""
+        status = (await self.ask("query-status"))["status"]
+        return _STATES.get(status, DomainState.PAUSED)
+
+    async def quit(self) -> None:
+        """End the process in its own way, or by force if it does not; returns when it is gone."""
+        with suppress(MonitorError):
+            await self.control.execute("quit", timeout_s=_QUIT_S)
+        with anyio.move_on_after(_QUIT_S):
+            await self.gone.wait()
+            return
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process by force; returns when it is gone."""
+        self.process.signal(SIGKILL)
+        await self.gone.wait()
+
+    def write(self, record: GuestRecord) -> None:
+        """Change what is written down about the process."""
+        self.record = record
+        self.run.write(record)
+
+
+async def _execute(monitor: Monitor, command: str, arguments: dict[str, Any] | None) -> Any:
+    try:
+        return await monitor.execute(command, arguments)
+    except MonitorError as error:
+        raise HypervisorError(str(error)) from error

@@ -1,0 +1,113 @@
+"""What an emulator can do, found by starting it: version, machine types, and accelerators that work.
+
+``/dev/kvm`` may exist and not work, so an accelerator is tried, never inferred.  The answers are kept in the root's
+``probe.json`` and are good for one emulator file and one boot of the host.
+
+Sources: QMP ``query-version``, ``query-machines`` (QEMU >= 7.2).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ferryman.errors import ConnectError, HypervisorError
+from ferryman_qemu.process import boot_id
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EMULATOR = "qemu-system-x86_64"
+_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Emulator:
+    """One emulator on this host.
+
+    :param machines: alias or name -> versioned name.
+    :param default_cpus: versioned machine type -> CPU model that it has by itself.
+    :param kvm: KVM was tried and works.
+    """
+
+    path: str
+    version: tuple[int, int, int]
+    machines: dict[str, str]
+    default_cpus: dict[str, str]
+    kvm: bool
+
+
+def find_emulator(path: str = "") -> str:
+    """Find the emulator.
+
+    :raises ConnectError: it is not installed.
+    """
+    found = shutil.which(path or EMULATOR)
+    if found is None:
+        raise ConnectError(f"{path or EMULATOR} is not installed: on Debian, apt-get install qemu-system-x86")
+    return found
+
+
+def probe(path: str, cache: Path) -> Emulator:
+    """Ask an emulator what it can do, or the cache; blocking, some hundred milliseconds.
+
+    :raises HypervisorError: it does not start.
+    """
+    status = os.stat(path)
+    key = [path, status.st_mtime_ns, status.st_size, boot_id()]
+    try:
+        kept = json.loads(cache.read_text())
+        if kept["key"] == key:
+            return Emulator(**{**kept["emulator"], "version": tuple(kept["emulator"]["version"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no cache, or one of another format: it is made anew below
+    answers = _ask(path, "tcg", ["query-version", "query-machines"])
+    if answers is None:
+        raise HypervisorError(f"{path} does not start: run it with -machine none -accel tcg to see why")
+    version = answers[0]["qemu"]
+    emulator = Emulator(
+        path=path,
+        version=(version["major"], version["minor"], version["micro"]),
+        machines={
+            **{machine["name"]: machine["name"] for machine in answers[1]},
+            **{machine["alias"]: machine["name"] for machine in answers[1] if "alias" in machine},
+        },
+        default_cpus={
+            machine["name"]: machine["default-cpu-type"].removesuffix("-x86_64-cpu")
+            for machine in answers[1]
+            if "default-cpu-type" in machine
+        },
+        kvm=_ask(path, "kvm", ["query-kvm"]) is not None,
+    )
+    temporary = cache.with_name(cache.name + f".{os.getpid()}")
+    temporary.write_text(json.dumps({"key": key, "emulator": asdict(emulator)}))
+    temporary.replace(cache)
+    return emulator
+
+
+def _ask(path: str, accelerator: str, commands: list[str]) -> list[Any] | None:
+    """Start the emulator with no machine and ask it; None where it does not start with that accelerator."""
+    lines = [json.dumps({"execute": name}) for name in ("qmp_capabilities", *commands, "quit")]
+    argv = [path, "-machine", "none", "-accel", accelerator, "-nodefaults", "-no-user-config", "-display", "none"]
+    try:
+        ended = subprocess.run(
+            [*argv, "-S", "-qmp", "stdio"],
+            input="\n".join(lines).encode(),
+            capture_output=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    try:
+        messages = [json.loads(line) for line in ended.stdout.splitlines()]
+    except ValueError:
+        return None
+    returned = [message["return"] for message in messages if "return" in message]
+    if ended.returncode != 0 or len(returned) != len(lines):
+        return None
+    return returned[1:-1]

@@ -1,0 +1,251 @@
+"""A host of the QEMU driver: a directory, and what lies in it.
+
+::
+
+    lock                    held while a program has the root open
+    uuid                    identity of this host
+    probe.json              what the emulator can do
+    journal, .mark, .reserve
+    domains/<uuid>.xml      persistent definitions
+    logs/<name>.log         command lines and what QEMU printed
+    run/<nonce>/            one process of QEMU:
+        guest.json          who it is; written before it is started, and again when its pid is known
+        control, read       its monitors' sockets
+        pid                 written by QEMU
+
+A process without a pid in its ``guest.json`` is found by its command line, so none is ever lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import uuid as uuid_module
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ferryman.errors import ConnectError, HostBusyError
+
+if TYPE_CHECKING:
+    from ferryman.types import DomainUUID
+    from ferryman.uri import ConnectionURI
+
+LOCK_WAIT_S = 3.0
+"""How long a second program waits for the root."""
+
+_LOCK_RETRY_S = 0.05
+_SAFE = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuestRecord:
+    """What ``guest.json`` says of one process.
+
+    :param migration: id of the migration that this process receives; '' for a domain.
+    :param identity: boot id, pid and start time; '' until the process was started.
+    :param paused_by_user: the guest is to stay paused.
+    """
+
+    uuid: str
+    name: str
+    definition: str
+    persistent: bool
+    migration: str = ""
+    identity: str = ""
+    paused_by_user: bool = False
+
+
+def root_of(uri: ConnectionURI) -> Path:
+    """The directory that a URI names.
+
+    :raises ConnectError: the URI names none.
+    """
+    for name, _value in uri.params:
+        if name != "root" or uri.path != "/embed":
+            raise ConnectError(f"{uri} has the parameter {name}, which qemu:// does not know here")
+    match uri.path:
+        case "/embed":
+            text = uri.param("root")
+            if not text or not text.startswith("/"):
+                raise ConnectError(f"{uri} names no directory: write qemu:///embed?root=/absolute/path")
+            return Path(text)
+        case "/system":
+            return Path("/var/lib/ferryman/qemu")
+        case "/session":
+            data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+            return Path(data) / "ferryman" / "qemu"
+        case path:
+            raise ConnectError(f"{path} is no host of QEMU: write qemu:///system, /session or /embed?root=DIRECTORY")
+
+
+class Root:
+    """An open root: this program alone has it."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self.uuid = self._read_uuid()
+
+    @classmethod
+    async def open(cls, path: Path) -> Root:
+        """Open a root, and make it at its first use.
+
+        :raises HostBusyError: another program has it open and did not let go in time.
+        :raises ConnectError: the directory cannot be made or used.
+        """
+        try:
+            for part in ("", "domains", "logs", "run"):
+                (path / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConnectError(f"the directory {path} cannot be used: {error.strerror}") from error
+        try:
+            with anyio.move_on_after(LOCK_WAIT_S) as waited:
+                while not _try_lock(lock):
+                    # flock has no event to wait for: a waiting thread could not be cancelled.
+                    await anyio.sleep(_LOCK_RETRY_S)
+            if waited.cancelled_caught:
+                holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise HostBusyError(
+                    f"{path} is open in another program (process {holder}): it did not let go within {LOCK_WAIT_S:g} s"
+                )
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            return cls(path, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def close(self) -> None:
+        """Let the root go."""
+        if self._lock >= 0:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = -1
+
+    def _read_uuid(self) -> str:
+        path = self.path / "uuid"
+        try:
+            return str(uuid_module.UUID(path.read_text().strip()))
+        except FileNotFoundError:
+            made = str(uuid_module.uuid4())
+            _write(path, made + "\n")
+            return made
+        except ValueError as error:
+            raise ConnectError(f"{path} does not hold a uuid: remove it") from error
+
+    @property
+    def journal(self) -> Path:
+        """Where the journal lies."""
+        return self.path / "journal"
+
+    def log(self, name: str) -> Path:
+        """Where a domain's log lies."""
+        return self.path / "logs" / f"{_SAFE.sub('_', name)[:100]}.log"
+
+    def definitions(self) -> dict[DomainUUID, str]:
+        """Persistent definitions by uuid."""
+        found: dict[DomainUUID, str] = {}
+        for path in sorted((self.path / "domains").glob("*.xml")):
+            found[path.stem] = path.read_text()  # type: ignore[index]  # the stem is the uuid we wrote
+        return found
+
+    def write_definition(self, uuid: DomainUUID, definition: str) -> None:
+        """Keep a persistent definition, whole or not at all."""
+        _write(self.path / "domains" / f"{uuid}.xml", definition)
+
+    def remove_definition(self, uuid: DomainUUID) -> None:
+        """Forget a persistent definition."""
+        (self.path / "domains" / f"{uuid}.xml").unlink(missing_ok=True)
+
+    def run_directories(self) -> list[RunDirectory]:
+        """Directories of all processes that were started here and not cleaned up."""
+        return [RunDirectory(path) for path in sorted((self.path / "run").iterdir())]
+
+    def new_run_directory(self) -> RunDirectory:
+        """Make the directory of a new process."""
+        path = self.path / "run" / uuid_module.uuid4().hex[:12]
+        path.mkdir(mode=0o700)
+        return RunDirectory(path)
+
+
+class RunDirectory:
+    """The directory of one process of QEMU."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def pidfile(self) -> str:
+        """The file that QEMU writes its pid into; its path marks the process."""
+        return str(self.path / "pid")
+
+    def write(self, record: GuestRecord) -> None:
+        """Write down who the process is, whole or not at all."""
+        _write(self.path / "guest.json", json.dumps(asdict(record)))
+
+    def read(self) -> GuestRecord | None:
+        """Who the process is; None for a directory that never got so far."""
+        try:
+            return GuestRecord(**json.loads((self.path / "guest.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def listen(self, name: str) -> socket.socket:
+        """Make a listening socket; its path may be longer than a socket's address can be."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with _directory(self.path) as short:
+                listener.bind(f"{short}/{name}")
+            listener.listen(4)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    async def connect(self, name: str) -> anyio.abc.UNIXSocketStream:
+        """Connect to a monitor. :raises OSError: nobody listens."""
+        with _directory(self.path) as short:
+            return await anyio.connect_unix(f"{short}/{name}")
+
+    def remove(self) -> None:
+        """Remove the directory and everything in it."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+
+
+class _directory:  # noqa: N801 - used as a function
+    """A short path for a directory, for the 108 bytes of a socket's address."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> str:
+        self._fd = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return f"/proc/self/fd/{self._fd}"
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._fd)
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    temporary.replace(path)

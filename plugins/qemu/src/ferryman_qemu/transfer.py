@@ -1,0 +1,254 @@
+"""The source's half of a live migration with QEMU: from ``migrate`` to the proof of stop.
+
+The end is told by events of this attempt, never found by looking.  Sources: QEMU 7.2 qapi/migration.json,
+migration/migration.c (``migration_iteration_finish``), qapi/yank.json.
+
+Proof of stop
+    ``completed`` of this attempt *and* the run state ``finish-migrate`` or ``postmigrate``.  Neither alone proves
+    anything: QEMU resumes a source by itself when its stream breaks before completion.
+Abort
+    ``migrate_cancel`` before the guest is stopped.  From then on QEMU's main loop may be silent until the stream
+    moves, so the stream is broken out of band (``yank``); QEMU then fails the migration and resumes the guest itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ferryman.errors import HypervisorError, InDoubtError, PerformError
+from ferryman.hookspecs import PerformReply, PerformRequest
+from ferryman.types import GuestState, Side, TransferStatistics
+from ferryman.uri import MigrationURI
+from ferryman_qemu.monitor import MonitorClosedError, MonitorError
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from ferryman_qemu.guest import Guest
+    from ferryman_qemu.monitor import EventStream
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_DOWNTIME_MS = 300
+"""QEMU's own default of ``downtime-limit``; set each time, since an earlier migration may have left another."""
+
+_CANCEL_PATIENCE_S = 1.0
+_END_PATIENCE_S = 30.0
+_SAMPLE_S = 0.25
+_SAMPLE_APART_S = 0.05
+_STOPPED_STATES = ("finish-migrate", "postmigrate")
+
+
+def parameters(bandwidth_bytes_per_s: int | None, max_downtime_ms: int | None) -> dict[str, int]:
+    """QEMU's migration parameters; a bandwidth of 0 is no cap."""
+    return {
+        "max-bandwidth": bandwidth_bytes_per_s or 0,
+        "downtime-limit": max_downtime_ms or DEFAULT_DOWNTIME_MS,
+    }
+
+
+class Transfer:
+    """One attempt to send a guest."""
+
+    def __init__(self, guest: Guest, request: PerformRequest, tasks: TaskGroup) -> None:
+        self._guest = guest
+        self._request = request
+        self._tasks = tasks
+        self._stopped_at: float | None = None
+        self._was_running = False
+        self._sample_wanted = anyio.Event()
+
+    async def run(self) -> PerformReply:
+        """Send, and return with the proof of stop.
+
+        :raises PerformError: the guest is here as before. :raises InDoubtError: QEMU died or fell silent.
+        :cancellation: aborts; returns all the same when it is too late for that.
+        """
+        try:
+            with self._guest.control.events("MIGRATION", "MIGRATION_PASS", "STOP") as events:
+                await self._begin()
+                sampling = anyio.CancelScope()
+                self._tasks.start_soon(self._sample, sampling)
+                try:
+                    return await self._follow(events)
+                finally:
+                    sampling.cancel()
+        except MonitorClosedError as error:
+            raise InDoubtError(
+                f"QEMU of domain {self._guest.record.name} ended during the transfer",
+                evidence_missing="the destination's word",
+                side=Side.SOURCE,
+            ) from error
+
+    async def _begin(self) -> None:
+        guest, options = self._guest, self._request.options
+        async with guest.lock:
+            try:
+                status = await guest.control.execute("query-status")
+                self._was_running = status["status"] == "running"
+                await guest.control.execute(
+                    "migrate-set-capabilities",
+                    {
+                        "capabilities": [
+                            {"capability": "events", "state": True},
+                            {"capability": "return-path", "state": True},
+                        ]
+                    },
+                )
+                await guest.control.execute(
+                    "migrate-set-parameters",
+                    parameters(options.bandwidth_bytes_per_s, options.max_downtime_ms),
+                )
+                await guest.control.execute("migrate", {"uri": qemu_uri(self._request.migration_uri)})
+            except MonitorClosedError:
+                raise
+            except MonitorError as error:
+                raise self._failed(str(error)) from error
+
+    async def _follow(self, events: EventStream) -> PerformReply:
+        try:
+            end = await self._wait_end(events)
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                end = await self._abort(events)
+                if end != "completed":
+                    await settle_source(self._guest)
+                    raise
+                return await self._prove()
+        if end == "completed":
+            with anyio.CancelScope(shield=True):
+                return await self._prove()
+        reason = await self._reason()
+        raise self._failed(reason)
+
+    async def _wait_end(self, events: EventStream) -> str:
+        """Wait until this attempt has ended: ``completed``, ``failed`` or ``cancelled``."""
+        while True:
+            event = await events.get()
+            if event.name == "STOP":
+                self._stopped_at = event.timestamp_s
+            elif event.name == "MIGRATION_PASS":
+                self._sample_wanted.set()
+            else:
+                status = str(event.data.get("status"))
+                if status in ("completed", "failed", "cancelled"):
+                    return status
+
+    async def _prove(self) -> PerformReply:
+        state = await self._guest.run_state()
+        if state not in _STOPPED_STATES:
+            raise InDoubtError(
+                f"QEMU says that the migration completed, but its run state is {state}",
+                evidence_missing="the destination's word",
+                side=Side.SOURCE,
+            )
+        stopped_for_ms = None
+        if self._was_running and self._stopped_at is not None:
+            stopped_for_ms = max(0.0, (time.time() - self._stopped_at) * 1000)
+        return PerformReply(statistics=TransferStatistics(), stopped_for_ms=stopped_for_ms)
+
+    async def _abort(self, events: EventStream) -> str:
+        """End the transfer at any moment, and say how it ended."""
+        if self._stopped_at is None or not self._was_running:
+            with anyio.move_on_after(_CANCEL_PATIENCE_S):
+                try:
+                    await self._guest.control.execute("migrate_cancel", timeout_s=_CANCEL_PATIENCE_S)
+                except MonitorClosedError:
+                    raise
+                except MonitorError as error:
+                    _log.info("migrate_cancel was not answered: %s", error)
+                return await self._wait_end(events)
+        try:
+            await self._guest.control.execute_oob("yank", {"instances": [{"type": "migration"}]})
+        except MonitorClosedError:
+            raise
+        except MonitorError as error:
+            _log.warning("the stream could not be broken out of band: %s", error)
+        with anyio.move_on_after(_END_PATIENCE_S):
+            return await self._wait_end(events)
+        raise InDoubtError(
+            f"QEMU of domain {self._guest.record.name} did not end the transfer within {_END_PATIENCE_S:g} s",
+            evidence_missing="QEMU's answer",
+            side=Side.SOURCE,
+        )
+
+    async def _reason(self) -> str:
+        try:
+            await settle_source(self._guest)
+            info = await self._guest.ask("query-migrate")
+        except HypervisorError as error:
+            return error.message
+        return str(info.get("error-desc") or f"the stream to {self._request.migration_uri} broke")
+
+    def _failed(self, reason: str) -> PerformError:
+        return PerformError(reason, side=Side.SOURCE, domain=self._guest.record.name, guest_state=GuestState.SOURCE)
+
+    async def _sample(self, scope: anyio.CancelScope) -> None:
+        """Show counters when a pass over the memory ends, and now and then between."""
+        with scope:
+            while True:
+                with anyio.move_on_after(_SAMPLE_S):
+                    await self._sample_wanted.wait()
+                self._sample_wanted = anyio.Event()
+                try:
+                    info = await self._guest.ask("query-migrate")
+                except HypervisorError as error:
+                    _log.info("the transfer's counters could not be read: %s", error)
+                    return
+                self._request.progress(statistics_of(info))
+                await anyio.sleep(_SAMPLE_APART_S)
+
+
+async def settle_source(guest: Guest) -> str:
+    """Wait until a source whose transfer failed has left ``finish-migrate``; returns its run state.
+
+    QEMU tells ``failed`` a moment before it resumes the guest.
+    """
+    with anyio.move_on_after(_END_PATIENCE_S), guest.control.events("RESUME", "STOP", "MIGRATION") as events:
+        state = await guest.run_state()
+        while state == "finish-migrate":
+            await events.get()
+            state = await guest.run_state()
+        return state
+    return await guest.run_state()
+
+
+def qemu_uri(text: str) -> str:
+    """A migration URI as QEMU writes it.
+
+    :raises PerformError: QEMU has no such transport.
+    """
+    uri = MigrationURI.parse(text)
+    if uri.protocol in ("", "tcp"):
+        host = f"[{uri.host}]" if uri.host and ":" in uri.host else uri.host
+        return f"tcp:{host}:{uri.port}"
+    if uri.protocol == "unix":
+        return f"unix:{uri.path}"
+    raise PerformError(f"QEMU has no transport {uri.protocol}: use tcp or unix")
+
+
+def statistics_of(info: dict[str, Any]) -> TransferStatistics:
+    """Counters of ``query-migrate``."""
+    ram: dict[str, Any] = info.get("ram") or {}
+    page_bytes = int(ram.get("page-size", 4096))
+    rate = ram.get("dirty-pages-rate")
+    mbps = ram.get("mbps")
+    return TransferStatistics(
+        iteration=ram.get("dirty-sync-count"),
+        transferred_bytes=ram.get("transferred"),
+        remaining_bytes=ram.get("remaining"),
+        total_bytes=ram.get("total"),
+        dirty_bytes_per_s=None if rate is None else int(rate) * page_bytes,
+        bandwidth_bytes_per_s=None if not mbps else int(mbps * 1_000_000 / 8),
+        expected_downtime_ms=info.get("expected-downtime"),
+        downtime_ms=info.get("downtime"),
+        setup_ms=info.get("setup-time"),
+        total_ms=info.get("total-time"),
+    )
+
+
+__all__ = ["Transfer", "parameters", "qemu_uri", "settle_source", "statistics_of"]

@@ -1,0 +1,1 @@
+"""Ferryman's benchmark, and the peers it is measured against."""
