@@ -161,7 +161,7 @@ class CounterGuest:
 
     def write_image(self, path: str | os.PathLike[str]) -> None:
         """Write the disk image, 1 MiB, over whatever is there. The guest only ever reads it."""
-        Path(path).write_bytes(self.sector().ljust(512, b"\0"))
+        Path(path).write_bytes(self.sector().ljust(IMAGE_BYTES, b"\0"))
 
     def domain_xml(
         self,

@@ -28,7 +28,7 @@ MIB = 1024 * 1024
 UUID = "0b1f7c4e-8d2a-4c53-9a55-5a7d1e6f0c21"
 ROOT = Path(__file__).parents[2]
 DOMAIN_SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
-PROMPT_S = 8.0  # for what takes a moment on an idle machine
+PROMPT_S = 60.0  # for what takes a moment on an idle machine
 
 # One word of the counter guest's pattern is written by many; this is who has the machine to himself.
 CPU_SHARE_LIMIT = {100: 0.2, 1000: 0.6}

@@ -68,7 +68,7 @@ _HOMES = {
     "InDoubtError": "errors",
 }
 
-__all__ = [  # noqa: RUF022 - ordered by importance
+__all__ = [
     "connect",
     "Connection",
     "Domain",

@@ -33,11 +33,18 @@ from ferryman.hookspecs import (
 )
 from ferryman.journal import Journal
 from ferryman.registry import Hooks, open_driver
-from ferryman.types import DomainEvent, DomainInfo, DomainState, DomainStatistics, DomainUUID, MigrationOptions
+from ferryman.types import (
+    DomainEvent,
+    DomainInfo,
+    DomainState,
+    DomainStatistics,
+    DomainUUID,
+    MigrationOptions,
+)
 from ferryman.uri import ConnectionURI
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectSendStream
@@ -135,14 +142,18 @@ class Connection:
     def hooks(self) -> Hooks:
         """The driver's hooks. :raises ConnectionClosedError: the connection is not open."""
         if self._hooks is None:
-            raise ConnectionClosedError(f"the connection to {self.uri} is not open: use it inside its async with block")
+            raise ConnectionClosedError(
+                f"the connection to {self.uri} is not open: use it inside its async with block"
+            )
         return self._hooks
 
     @property
     def host(self) -> Host:
         """The host's end of migrations. :raises ConnectionClosedError: the connection is not open."""
         if self._host is None:
-            raise ConnectionClosedError(f"the connection to {self.uri} is not open: use it inside its async with block")
+            raise ConnectionClosedError(
+                f"the connection to {self.uri} is not open: use it inside its async with block"
+            )
         return self._host
 
     @property
@@ -211,7 +222,9 @@ class Connection:
             return known
         if request.name is None:
             raise NotSupportedError(f"the driver {self.hooks.distribution} does not look domains up by uuid")
-        uuid = DomainUUID(str(uuid_module.uuid5(uuid_module.NAMESPACE_URL, f"{self.uri.scheme}:{request.name}")))
+        uuid = DomainUUID(
+            str(uuid_module.uuid5(uuid_module.NAMESPACE_URL, f"{self.uri.scheme}:{request.name}"))
+        )
         info = DomainInfo(
             name=request.name,
             uuid=uuid,
@@ -316,8 +329,11 @@ def _default_journal(scheme: str, address: str) -> Path:
     return state / "ferryman" / f"{scheme}-{hashlib.sha256(address.encode()).hexdigest()[:16]}.journal"
 
 
-def _starter(tasks: TaskGroup) -> Callable[[Callable[[], Awaitable[None]]], None]:
-    return lambda body: tasks.start_soon(body)
+def _starter(tasks: TaskGroup) -> Callable[[Callable[[], Coroutine[Any, Any, None]]], None]:
+    def start(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        tasks.start_soon(body)
+
+    return start
 
 
 async def _ask_peer(address: str, ask: Callable[[Endpoint], Awaitable[None]]) -> None:

@@ -120,9 +120,13 @@ def parse_xml(text: str) -> _Element:
     try:
         root = etree.fromstring(data, parser)
     except etree.XMLSyntaxError as error:
-        raise DefinitionError(f"the definition is not well-formed XML: {error.msg}", line=error.lineno) from error
-    if root.getroottree().docinfo.doctype:
-        raise DefinitionError("the definition has a document type declaration, which no domain needs: remove it")
+        raise DefinitionError(
+            f"the definition is not well-formed XML: {error.msg}", line=error.lineno
+        ) from error
+    if root.getroottree().docinfo.internalDTD is not None:
+        raise DefinitionError(
+            "the definition has a document type declaration, which no domain needs: remove it"
+        )
     return root
 
 
@@ -148,12 +152,19 @@ def rename_definition(text: str, name: str) -> str:
     return parse_definition(text).renamed(name).render()
 
 
-def minimal_definition(*, name: str, uuid: DomainUUID, type: str = "unknown", memory_bytes: int = 1024) -> str:  # noqa: A002
+def minimal_definition(
+    *, name: str, uuid: DomainUUID, type: str = "unknown", memory_bytes: int = 1024
+) -> str:
     """Write the document that stands for a domain whose driver gives none."""
     from lxml import etree
 
     root = etree.Element("domain", type=type)
-    for tag, text in (("name", name), ("uuid", uuid), ("memory", str(max(1, memory_bytes // 1024))), ("vcpu", "1")):
+    for tag, text in (
+        ("name", name),
+        ("uuid", uuid),
+        ("memory", str(max(1, memory_bytes // 1024))),
+        ("vcpu", "1"),
+    ):
         etree.SubElement(root, tag).text = text
     return etree.tostring(root, encoding="unicode")
 
@@ -193,7 +204,9 @@ def _read_name(root: _Element) -> str:
         raise _error(root if element is None else element, "<domain> has no <name>")
     name = _text(element)
     if not _NAME.fullmatch(name) or name in (".", ".."):
-        raise _error(element, f"{name!r:.80} cannot be a name: 1 to 200 characters, no '/' and no control characters")
+        raise _error(
+            element, f"{name!r:.80} cannot be a name: 1 to 200 characters, no '/' and no control characters"
+        )
     return name
 
 

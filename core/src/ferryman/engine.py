@@ -15,27 +15,21 @@ import math
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 import anyio
 
 from ferryman.definition import minimal_definition, rename_definition
 from ferryman.errors import (
-    BeginError,
-    ConfirmError,
     DomainBusyError,
     DomainStateError,
     DriverContractError,
     FerrymanError,
     FinishError,
-    HypervisorError,
     InDoubtError,
     JournalError,
-    MigrationError,
     MigrationURIMissingError,
     PaperError,
-    PerformError,
-    PrepareError,
 )
 from ferryman.handover import (
     Action,
@@ -47,7 +41,6 @@ from ferryman.handover import (
     OutOfOrderError,
     Paper,
     PaperKind,
-    Receipt,
     Record,
     State,
     TransferEvidence,
@@ -56,7 +49,6 @@ from ferryman.handover import (
     decode_cookie,
     encode_cookie,
     fall_back,
-    names,
     recover,
     step,
 )
@@ -92,7 +84,7 @@ from ferryman.types import (
 from ferryman.uri import MigrationURI
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from ferryman.journal import Journal
     from ferryman.registry import Hooks
@@ -243,7 +235,7 @@ class Host:
         *,
         address: str,
         peer: Callable[[str, Callable[[Endpoint], Awaitable[None]]], Awaitable[None]],
-        start: Callable[[Callable[[], Awaitable[None]]], None],
+        start: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
     ) -> None:
         self._hooks = hooks
         self._journal = journal
@@ -266,7 +258,9 @@ class Host:
         :raises DomainBusyError: a migration of it is open here.
         """
         if uuid in self._admitting:
-            raise DomainBusyError(f"a migration of domain {name} is starting here: wait for it or abort it", domain=name)
+            raise DomainBusyError(
+                f"a migration of domain {name} is starting here: wait for it or abort it", domain=name
+            )
         for run in self._runs.values():
             if run.row.uuid == uuid and not run.done:
                 raise DomainBusyError(
@@ -289,11 +283,16 @@ class Host:
                     await self._recover(run)
             except FerrymanError as error:
                 _log.warning(
-                    "migration %s of domain %s could not be settled yet: %s", row.migration_id, row.name, error
+                    "migration %s of domain %s could not be settled yet: %s",
+                    row.migration_id,
+                    row.name,
+                    error,
                 )
             if not run.done and run.state in (State.STOPPED, State.SILENT):
                 self._start(lambda run=run: self._ask_until_answered(run))  # type: ignore[misc]
-        await self._hook_unless_missing("migrate_sweep", SweepRequest(known=frozenset(id for _, id in self._runs)))
+        await self._hook_unless_missing(
+            "migrate_sweep", SweepRequest(known=frozenset(id for _, id in self._runs))
+        )
 
     # Source
 
@@ -453,7 +452,8 @@ class Host:
         with self._admit(domain.uuid):
             await self._journal.require_room()
             known = await self._journal.generation(domain.uuid)
-            if paper.generation <= known or await self._journal.read(Side.DESTINATION, paper.migration_id) is not None:
+            seen = await self._journal.read(Side.DESTINATION, paper.migration_id) is not None
+            if paper.generation <= known or seen or (Side.DESTINATION, paper.migration_id) in self._runs:
                 raise PaperError(
                     f"migration {paper.migration_id} of domain {domain.name} comes too late: this host has seen"
                     f" generation {known} of the domain, and the passport says {paper.generation}"
@@ -517,30 +517,33 @@ class Host:
         :raises JournalError: the decision could not be written, and the guest was not touched; ask again.
         :cancellation: shielded: the decision's result is always awaited and read.
         """
-        question = decode_cookie(cookie)
-        paper = question.paper
+        paper = decode_cookie(cookie).paper
         with anyio.CancelScope(shield=True):
-            run = await self._run(Side.DESTINATION, paper)
-            given = admit_question(run.row if run is not None else None, paper)
-            if isinstance(given, PaperKind):
-                answer = replace(paper, kind=given, reason="")
-                return Finished(kind=given, cookie=encode_cookie(Cookie(paper=answer, address=self.address)))
-            if run is None:
-                run = self._stranger(paper)
-            async with run.lock:
-                await self._refresh(run)
-                if run.state is State.CLAIMING:
-                    # Only a failed write or a lost answer leaves a run here: look again before answering.
-                    await self._recover(run)
-                kind = await self._answer(run, given)
-            tail = (anyio.current_time() - run.ran_at) * 1000 if run.ran_at else 0.0
-            return Finished(
-                kind=kind,
-                cookie=self._cookie(run, kind),
-                reason=run.row.reason,
-                domain=(run.domain or _info(run.row)) if kind is PaperKind.CLAIM else None,
-                tail_ms=tail,
-            )
+            finished = await self._decide(paper)
+        return finished
+
+    async def _decide(self, paper: Paper) -> Finished:
+        run = await self._run(Side.DESTINATION, paper)
+        given = admit_question(run.row if run is not None else None, paper)
+        if isinstance(given, PaperKind):
+            answer = replace(paper, kind=given, reason="")
+            return Finished(kind=given, cookie=encode_cookie(Cookie(paper=answer, address=self.address)))
+        if run is None:
+            # Known from here on, so that a prepare that comes meanwhile is too late.
+            run = self._runs.setdefault((Side.DESTINATION, paper.migration_id), self._stranger(paper))
+        async with run.lock:
+            await self._refresh(run)
+            if run.state is State.CLAIMING:
+                # Only a failed write or a lost answer leaves a run here: look again before answering.
+                await self._recover(run)
+            kind = await self._answer(run, given)
+        return Finished(
+            kind=kind,
+            cookie=self._cookie(run, kind),
+            reason=run.row.reason,
+            domain=(run.domain or _info(run.row)) if kind is PaperKind.CLAIM else None,
+            tail_ms=(anyio.current_time() - run.ran_at) * 1000 if run.ran_at else 0.0,
+        )
 
     def _stranger(self, paper: Paper) -> _Run:
         return _Run(
@@ -636,7 +639,9 @@ class Host:
                     AbortRequest(id=run.row.migration_id, uuid=run.row.uuid, process=run.row.process),
                 )
             case Action.DESTROY_RECEIVER:
-                await self._hooks.call("migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None))
+                await self._hooks.call(
+                    "migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None)
+                )
             case Action.RESUME:
                 await self._confirm_hook(run, Verdict.KEPT)
             case Action.DESTROY_COPY:
@@ -748,7 +753,9 @@ class Host:
         try:
             await self._journal.settle(run.row)
         except JournalError as error:
-            _log.warning("migration %s ended, but its end could not be noted: %s", run.row.migration_id, error)
+            _log.warning(
+                "migration %s ended, but its end could not be noted: %s", run.row.migration_id, error
+            )
 
     def _finish_request(self, run: _Run, verdict: Verdict) -> FinishRequest:
         return FinishRequest(
@@ -796,7 +803,9 @@ class Host:
                 )
                 return
             if given is Input.CANCEL:
-                run.row = replace(run.row, reason="the destination was restarted before the guest had arrived")
+                run.row = replace(
+                    run.row, reason="the destination was restarted before the guest had arrived"
+                )
             await self._feed(run, given)
 
     async def _ask_once(self, run: _Run) -> None:
@@ -853,7 +862,9 @@ class Host:
                 await self._refresh(run)
                 match run.state:
                     case State.PREPARED | State.BEGUN:
-                        run.row = replace(run.row, reason="the caller was not heard of for the length of the lease")
+                        run.row = replace(
+                            run.row, reason="the caller was not heard of for the length of the lease"
+                        )
                         await self._feed(run, Input.CANCEL if run.state is State.PREPARED else Input.GIVE_UP)
                     case State.HANDING | State.CLAIMING:
                         await self._recover(run)
@@ -895,7 +906,9 @@ def _from_driver(cookie: dict[str, str]) -> tuple[tuple[str, str], ...]:
 
 def _to_driver(cookie: Cookie) -> dict[str, str]:
     return {
-        key.removeprefix(_DRIVER_PREFIX): value for key, value in cookie.extra if key.startswith(_DRIVER_PREFIX)
+        key.removeprefix(_DRIVER_PREFIX): value
+        for key, value in cookie.extra
+        if key.startswith(_DRIVER_PREFIX)
     }
 
 
@@ -908,4 +921,3 @@ def _info(row: MigrationRow) -> DomainInfo:
         memory_bytes=0,
         vcpus=0,
     )
-

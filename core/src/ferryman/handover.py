@@ -208,7 +208,9 @@ _GIVEN = _again(State.GIVEN, PaperKind.GIVEN)
 TABLE: Mapping[tuple[State, Input], Step] = {
     # Source.
     (State.ABSENT, Input.BEGIN): Step(state=State.BEGUN, record=Record.BEGUN, answer=PaperKind.PASSPORT),
-    (State.BEGUN, Input.PERFORM): Step(state=State.HANDING, record=Record.HANDING, actions=(Action.TRANSFER,)),
+    (State.BEGUN, Input.PERFORM): Step(
+        state=State.HANDING, record=Record.HANDING, actions=(Action.TRANSFER,)
+    ),
     (State.BEGUN, Input.GIVE_UP): _KEEP,
     (State.BEGUN, Input.REFUSAL): _KEEP,
     (State.HANDING, Input.PROVED): Step(state=State.STOPPED, answer=PaperKind.PROOF),
@@ -487,7 +489,9 @@ def _recover_source(record: Record, evidence: Evidence) -> Input | None:
             # QEMU keeps saying ``completed`` after somebody resumed the guest (experiment 2): running means kept.
             return Input.STAYED if evidence.guest is GuestEvidence.RUNNING else Input.PROVED
         case TransferEvidence.UNKNOWN:
-            return Input.STAYED if evidence.guest is GuestEvidence.RUNNING and record is Record.HANDING else None
+            return (
+                Input.STAYED if evidence.guest is GuestEvidence.RUNNING and record is Record.HANDING else None
+            )
         case _:
             assert_never(evidence.transfer)
 
@@ -551,7 +555,9 @@ def decode_cookie(data: bytes) -> Cookie:
     if not isinstance(content, dict) or "ferryman" not in content:
         raise PaperError("the cookie is not Ferryman's: the other end must be Ferryman too")
     if type(content["ferryman"]) is not int or content["ferryman"] != _FORMAT:
-        raise PaperError(f"the cookie has format {content['ferryman']!r:.20}, but this Ferryman reads format {_FORMAT}")
+        raise PaperError(
+            f"the cookie has format {content['ferryman']!r:.20}, but this Ferryman reads format {_FORMAT}"
+        )
     try:
         kind = PaperKind(_text(content, "paper"))
     except ValueError as error:

@@ -94,7 +94,9 @@ class Journal:
     Calls may come from any task of any event loop; the database is touched by one thread at a time.
     """
 
-    def __init__(self, path: Path, database: sqlite3.Connection, journal_id: str, sequence: int, mark: int) -> None:
+    def __init__(
+        self, path: Path, database: sqlite3.Connection, journal_id: str, sequence: int, mark: int
+    ) -> None:
         self.path = path
         self.journal_id = journal_id
         self._database = database
@@ -153,7 +155,8 @@ class Journal:
         :cancellation: shielded: the write's result is always awaited and read.
         """
         with anyio.CancelScope(shield=True):
-            return await anyio.to_thread.run_sync(self.write_now, row, limiter=self._limiter)
+            written = await anyio.to_thread.run_sync(self.write_now, row, limiter=self._limiter)
+        return written
 
     async def require_room(self) -> None:
         """Make sure that the reserve is whole, before a migration starts.
@@ -203,7 +206,10 @@ class Journal:
             try:
                 return self._commit(row)
             except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", None) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
+                if getattr(error, "sqlite_errorcode", None) not in (
+                    sqlite3.SQLITE_FULL,
+                    sqlite3.SQLITE_IOERR_WRITE,
+                ):
                     raise JournalError(f"the journal {self.path} could not be written: {error}") from error
                 if row.record in _ADMITTING:
                     raise JournalFullError(f"no room for the journal {self.path}: free some space") from error
@@ -234,11 +240,15 @@ class Journal:
     def generation_now(self, uuid: DomainUUID) -> int:
         """Do :meth:`generation` in this thread."""
         with self._lock, self._errors():
-            found = self._database.execute("SELECT generation FROM domains WHERE uuid = ?", (uuid,)).fetchone()
+            found = self._database.execute(
+                "SELECT generation FROM domains WHERE uuid = ?", (uuid,)
+            ).fetchone()
         return int(found[0]) if found else 0
 
     def _commit_from_reserve(self, row: MigrationRow) -> MigrationRow:
-        _log.warning("the journal's disk is full: the reserve pays for a decision", extra={"path": str(self.path)})
+        _log.warning(
+            "the journal's disk is full: the reserve pays for a decision", extra={"path": str(self.path)}
+        )
         with suppress(FileNotFoundError):
             self._reserve.unlink()
         try:
@@ -355,7 +365,7 @@ def _open_mark(path: Path, journal_id: str, sequence: int, *, fresh: bool) -> in
             if marked_id.hex() != journal_id:
                 raise JournalBehindError(
                     f"the journal {path} {'is new' if fresh else 'is another one'}, but its mark says that this host"
-                    " has migrated before: bring the old journal back, or remove the mark if every guest is accounted for"
+                    " has migrated before: bring the old journal back, or remove the mark if no guest is missing"
                 )
             if marked_sequence > sequence:
                 raise JournalBehindError(
@@ -363,7 +373,9 @@ def _open_mark(path: Path, journal_id: str, sequence: int, *, fresh: bool) -> in
                     " copy; bring the newer one back, or remove the mark if every guest is accounted for"
                 )
         elif content:
-            raise JournalError(f"the mark of the journal {path} is damaged: remove it if every guest is accounted for")
+            raise JournalError(
+                f"the mark of the journal {path} is damaged: remove it if every guest is accounted for"
+            )
         os.pwrite(mark, _MARK.pack(bytes.fromhex(journal_id), sequence), 0)
     except BaseException:
         os.close(mark)

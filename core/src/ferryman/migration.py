@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from ferryman.connection import Connection, Domain
     from ferryman.engine import Begun, Confirmed
     from ferryman.plan import Plan
-    from ferryman.types import DomainInfo
 
 _log = logging.getLogger(__name__)
 
@@ -140,13 +139,17 @@ class MigrationJob:
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
-            raise RuntimeError("a migration job is entered once: make another one with migrate() or execute()")
+            raise RuntimeError(
+                "a migration job is entered once: make another one with migrate() or execute()"
+            )
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._main)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         assert self._tasks is not None
         if kind is not None:
             self.abort()
@@ -394,7 +397,9 @@ class MigrationJob:
             owner = GuestState.DESTINATION if claimed else GuestState.SOURCE
             raise self._failure(Phase.CONFIRM, Side.SOURCE, error, owner) from error
         if confirmed.kind is PaperKind.PENDING:
-            raise self._in_doubt(Phase.CONFIRM, f"the destination's answer {finished.kind.value} decides nothing")
+            raise self._in_doubt(
+                Phase.CONFIRM, f"the destination's answer {finished.kind.value} decides nothing"
+            )
         if claimed:
             return confirmed
         if confirmed.guest_gone:
@@ -429,7 +434,9 @@ class MigrationJob:
                     _log.warning("the destination could not answer yet: %s", error)
                 else:
                     if finished.kind is PaperKind.UNKNOWN:
-                        raise self._in_doubt(Phase.FINISH, "the destination's journal has lost this migration")
+                        raise self._in_doubt(
+                            Phase.FINISH, "the destination's journal has lost this migration"
+                        )
                     if finished.kind is not PaperKind.PENDING:
                         return finished
                 await anyio.sleep(wait_s)
@@ -443,7 +450,9 @@ class MigrationJob:
         try:
             finished = await self._ask(plan, paper)
         except FerrymanError as error:
-            _log.warning("the destination could not be told to release its reservation, its lease will: %s", error)
+            _log.warning(
+                "the destination could not be told to release its reservation, its lease will: %s", error
+            )
             return None
         if finished is not None:
             self._rolled_back.append("the destination ended its receiver")

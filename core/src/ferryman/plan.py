@@ -103,7 +103,9 @@ class Plan:
         ]
         for finding in self.findings:
             side = f" at the {finding.side.value}" if finding.side is not None else ""
-            lines.append(f"  {finding.severity.value}{side}: {finding.message} [{finding.code}]: {finding.remedy}")
+            lines.append(
+                f"  {finding.severity.value}{side}: {finding.message} [{finding.code}]: {finding.remedy}"
+            )
         lines.append("  ready" if not self.blockers else f"  blocked by {len(self.blockers)} finding(s)")
         return "\n".join(lines)
 
@@ -117,12 +119,17 @@ async def make_plan(domain: Domain, destination: Connection, options: MigrationO
     source = domain.connection
     got = _Gathered()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(got.take, "info", partial(source.hook_lookup, LookupRequest(uuid=domain.uuid, name=None)))
+        tasks.start_soon(
+            got.take, "info", partial(source.hook_lookup, LookupRequest(uuid=domain.uuid, name=None))
+        )
         tasks.start_soon(got.take, "definition", domain.definition)
         tasks.start_soon(got.take, "source", source.capabilities)
         tasks.start_soon(got.take, "destination", destination.capabilities)
     info, definition = got.info, got.definition
-    assert info is not None and definition is not None and got.source is not None and got.destination is not None
+    assert info is not None
+    assert definition is not None
+    assert got.source is not None
+    assert got.destination is not None
     negotiation = negotiate(got.source, got.destination, options)
     used = negotiation.effective(options)
     request = CheckRequest(
@@ -243,7 +250,12 @@ def _check_pair(
     a, b = request.source, request.destination
     if source.address == destination.address or a.host_uuid == b.host_uuid:
         findings.append(
-            _blocker("same-host", None, f"{source.uri} and {destination.uri} are the same host", "name another host")
+            _blocker(
+                "same-host",
+                None,
+                f"{source.uri} and {destination.uri} are the same host",
+                "name another host",
+            )
         )
     if a.scheme != b.scheme:
         findings.append(
@@ -266,7 +278,9 @@ def _check_pair(
         )
     if not negotiation.live:
         findings.append(
-            _blocker("live-unsupported", None, "one of the two cannot migrate live", "see both hosts' capabilities")
+            _blocker(
+                "live-unsupported", None, "one of the two cannot migrate live", "see both hosts' capabilities"
+            )
         )
     if a.arch != b.arch:
         findings.append(
@@ -319,7 +333,9 @@ def _check_uri(text: str | None, transports: tuple[str, ...]) -> list[Finding]:
     try:
         protocol = MigrationURI.parse(text).protocol or transports[0]
     except URIError as error:
-        return [_blocker("migration-uri-invalid", None, error.message, "write host:port or protocol://host:port")]
+        return [
+            _blocker("migration-uri-invalid", None, error.message, "write host:port or protocol://host:port")
+        ]
     if protocol in transports:
         return []
     return [
@@ -351,6 +367,11 @@ def _check_locks(source: Connection, destination: Connection, info: DomainInfo) 
             connection.host.require_free(info.uuid, info.name)
         except DomainBusyError as error:
             findings.append(
-                _blocker("domain-busy", side, error.message, "wait for the other migration, abort it, or resolve it")
+                _blocker(
+                    "domain-busy",
+                    side,
+                    error.message,
+                    "wait for the other migration, abort it, or resolve it",
+                )
             )
     return findings

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
-from ferryman.errors import DriverContractError, DriverLoadError, FerrymanError, NotSupportedError, UnknownSchemeError
+from ferryman.errors import (
+    DriverContractError,
+    DriverLoadError,
+    FerrymanError,
+    NotSupportedError,
+    UnknownSchemeError,
+)
 from ferryman.hookspecs import PROJECT, DriverHooks, ObservedEvent, ObserverHooks, hook_names
 from ferryman.types import Finding, FindingSeverity
 
@@ -48,7 +54,9 @@ class Hooks:
         for name in _REQUIRED:
             if not self.has(name):
                 raise DriverContractError(
-                    f"{distribution} has no hook {name}, which every driver needs", distribution=distribution, hook=name
+                    f"{distribution} has no hook {name}, which every driver needs",
+                    distribution=distribution,
+                    hook=name,
                 )
 
     def _register(self, plugin: object, distribution: str) -> str:
@@ -91,10 +99,14 @@ class Hooks:
             Ferryman's.
         """
         if not self.has(hook):
-            raise NotSupportedError(f"the driver {self.distribution} does not support {hook.replace('_', ' ')}")
+            raise NotSupportedError(
+                f"the driver {self.distribution} does not support {hook.replace('_', ' ')}"
+            )
         reply = await self._await_one(hook, getattr(self._manager.hook, hook)(request=request))
         if not isinstance(reply, expects):
-            wanted = expects.__name__ if isinstance(expects, type) else " or ".join(t.__name__ for t in expects)
+            wanted = (
+                expects.__name__ if isinstance(expects, type) else " or ".join(t.__name__ for t in expects)
+            )
             raise self._broken(hook, f"answered {type(reply).__name__} where {wanted} is due")
         return reply  # type: ignore[return-value]  # the tuple form answers object, as its callers know
 
@@ -107,7 +119,9 @@ class Hooks:
         except FerrymanError:
             raise
         except Exception as error:  # the boundary to code that is not ours
-            raise self._broken(hook, f"raised {type(error).__name__}, which is not an error of Ferryman") from error
+            raise self._broken(
+                hook, f"raised {type(error).__name__}, which is not an error of Ferryman"
+            ) from error
 
     def _broken(self, hook: str, what: str) -> DriverContractError:
         return DriverContractError(
@@ -122,14 +136,14 @@ class Hooks:
         for distribution, awaitable in self._each_observer("migration_review", plan):
             try:
                 reply = await awaitable
-            except Exception as error:  # the boundary to code that is not ours
+            except Exception as error:  # noqa: BLE001 - the boundary to code that is not ours
                 _log.exception("observer failed to review a plan", extra={"distribution": distribution})
                 reply = [
                     Finding(
                         code="observer-failed",
                         severity=FindingSeverity.BLOCKER,
                         side=None,
-                        message=f"the observer {distribution} failed to review the plan: {type(error).__name__}: {error}",
+                        message=f"the observer {distribution} failed on the plan: {type(error).__name__}: {error}",
                         remedy="mend or uninstall the observer",
                     )
                 ]
@@ -141,7 +155,7 @@ class Hooks:
         for distribution, awaitable in self._each_observer("migration_event", event):
             try:
                 await awaitable
-            except Exception:  # the boundary to code that is not ours
+            except Exception:  # noqa: BLE001 - the boundary to code that is not ours
                 _log.exception("observer failed on an event", extra={"distribution": distribution})
 
     @property
@@ -179,7 +193,9 @@ def _installed(namespace: str) -> dict[str, list[str]]:
     """Names in a namespace, each with the distributions that provide it."""
     names: dict[str, list[str]] = {}
     for entry in metadata.entry_points(group=namespace):
-        names.setdefault(entry.name, []).append(entry.dist.name if entry.dist is not None else "an unnamed distribution")
+        names.setdefault(entry.name, []).append(
+            entry.dist.name if entry.dist is not None else "an unnamed distribution"
+        )
     return names
 
 
@@ -190,14 +206,15 @@ def _load_one(namespace: str, name: str, uri: ConnectionURI) -> tuple[object, st
         kind = "driver for scheme" if namespace == DRIVERS else "transport"
         known = ", ".join(sorted(installed)) or "none"
         raise UnknownSchemeError(
-            f"no {kind} {name!r} is installed for {uri} (installed: {known}): install the distribution that provides it,"
-            f" by convention ferryman-{name if namespace == DRIVERS else 'remote'}",
+            f"no {kind} {name!r} is installed for {uri} (installed: {known}): install its distribution, by"
+            f" convention ferryman-{name if namespace == DRIVERS else 'remote'}",
             scheme=name,
             installed=sorted(installed),
         )
     if len(providers) > 1:
         raise DriverLoadError(
-            f"{' and '.join(providers)} both provide {name!r} in {namespace}: uninstall one", distribution=providers[0]
+            f"{' and '.join(providers)} both provide {name!r} in {namespace}: uninstall one",
+            distribution=providers[0],
         )
     return _load(namespace, name)
 

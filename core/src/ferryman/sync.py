@@ -217,9 +217,7 @@ class Domain:
 
     def migrate(self, destination: Connection, options: MigrationOptions | None = None) -> MigrationJob:
         """See :meth:`ferryman.Domain.migrate`; ``result()`` runs it, or enter it with ``with`` to watch and steer."""
-        return MigrationJob(
-            self.connection, partial(self._domain.migrate, destination._connection, options)
-        )
+        return MigrationJob(self.connection, partial(self._domain.migrate, destination._connection, options))
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
         return self.connection._call(ask)
@@ -273,9 +271,7 @@ class MigrationJob:
         self._entered.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         assert self._entered is not None
         self._entered.__exit__(kind, error, trace)
 
@@ -321,7 +317,7 @@ async def _never() -> None:
 
 
 class _entered(AbstractContextManager[Any]):  # noqa: N801 - used as a function
-    """Enter and leave an asynchronous context manager in one task of the loop; an interrupt cancels that task's wait."""
+    """Enter and leave an asynchronous context manager in one task of the loop."""
 
     def __init__(self, portal: BlockingPortal, manager: Any) -> None:
         self._wrapped: AbstractContextManager[Any] = portal.wrap_async_context_manager(manager)

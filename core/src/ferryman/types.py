@@ -189,7 +189,9 @@ def _need_int(option: str, value: object, low: int, high: int, unit: str) -> Non
 
 def _need_seconds(option: str, value: object, high: float) -> None:
     if type(value) not in (int, float) or not 0 < value <= high:  # type: ignore[operator]
-        raise OptionError(f"{option} must be a number of seconds above 0 and up to {high:g}, not {value!r}", option=option)
+        raise OptionError(
+            f"{option} must be a number of seconds above 0 and up to {high:g}, not {value!r}", option=option
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,7 +232,9 @@ class MigrationOptions:
         for option in ("name", "migration_uri", "listen_address"):
             text = getattr(self, option)
             if text is not None and (not isinstance(text, str) or not text.strip() or len(text) > 4096):
-                raise OptionError(f"{option} must be a text of 1 to 4096 characters, not {text!r:.80}", option=option)
+                raise OptionError(
+                    f"{option} must be a text of 1 to 4096 characters, not {text!r:.80}", option=option
+                )
         if self.bandwidth_bytes_per_s is not None:
             _need_int(
                 "bandwidth_bytes_per_s",
@@ -243,7 +247,9 @@ class MigrationOptions:
             _need_int("max_downtime_ms", self.max_downtime_ms, 1, _MAX_DOWNTIME_MS, "milliseconds")
         for option in ("paused", "persist", "undefine_source"):
             if type(getattr(self, option)) is not bool:
-                raise OptionError(f"{option} must be True or False, not {getattr(self, option)!r:.80}", option=option)
+                raise OptionError(
+                    f"{option} must be True or False, not {getattr(self, option)!r:.80}", option=option
+                )
         _need_seconds("lease_s", self.lease_s, 86_400)
         _need_seconds("patience_s", self.patience_s, 86_400)
         if not isinstance(self.best_effort, frozenset):

@@ -150,16 +150,21 @@ class _Reader:
         self.machine = replace(self.machine, **values)
 
     def current_memory(self, element: Any) -> None:
-        root = copy.deepcopy(self.machine.definition.root)
-        root.find("memory").text = _text(element)
-        root.find("memory").set("unit", element.get("unit", "KiB"))
+        root: Any = copy.deepcopy(self.machine.definition.root)
+        memory = root.find("memory")
+        memory.text = _text(element)
+        memory.set("unit", element.get("unit", "KiB"))
         if from_root(root).memory_bytes != self.machine.definition.memory_bytes:
-            raise definition_error(element, "<currentMemory> differs from <memory>, which needs a balloon: make them equal")
+            raise definition_error(
+                element, "<currentMemory> differs from <memory>, which needs a balloon: make them equal"
+            )
 
     def vcpu(self, element: Any) -> None:
         _attributes(element, set(), {"placement"})
         if element.get("placement", "static") != "static":
-            raise definition_error(element, f"vcpu placement {element.get('placement')!r} is not understood: use static")
+            raise definition_error(
+                element, f"vcpu placement {element.get('placement')!r} is not understood: use static"
+            )
 
     def os(self, element: Any) -> None:
         _attributes(element)
@@ -184,7 +189,9 @@ class _Reader:
         if _text(element) != "hvm":
             raise definition_error(element, f"an os of type {_text(element)!r} is not QEMU's: use hvm")
         if element.get("arch", "x86_64") != "x86_64":
-            raise definition_error(element, f"the architecture {element.get('arch')!r} is not supported: use x86_64")
+            raise definition_error(
+                element, f"the architecture {element.get('arch')!r} is not supported: use x86_64"
+            )
         self.set(machine=_word(element, element.get("machine", "pc"), "machine type"))
 
     def features(self, element: Any) -> None:
@@ -206,7 +213,9 @@ class _Reader:
                 {"model": lambda e: self.set(cpu=_word(e, _text(e), "CPU model")), "topology": self.topology},
             )
         else:
-            raise definition_error(element, f"the CPU mode {mode!r} is not supported: use custom with a model")
+            raise definition_error(
+                element, f"the CPU mode {mode!r} is not supported: use custom with a model"
+            )
 
     def topology(self, element: Any) -> None:
         raise definition_error(element, "<topology> is not supported: remove it")
@@ -221,7 +230,9 @@ class _Reader:
         if element.get("name") == "hpet" and "tickpolicy" not in element.attrib:
             self.set(hpet=_switch(element, "present"))
         else:
-            raise definition_error(element, f"the timer {element.get('name')!r} is not supported: only hpet's presence is")
+            raise definition_error(
+                element, f"the timer {element.get('name')!r} is not supported: only hpet's presence is"
+            )
 
     def devices(self, element: Any) -> None:
         _attributes(element)
@@ -247,7 +258,12 @@ class _Reader:
             _attributes(e, set(), {"name", "type", "cache"})
             _choice(e, "name", ("qemu",), default="qemu")
             found["format"] = _choice(e, "type", ("raw", "qcow2"), default="raw")
-            found["cache"] = _choice(e, "cache", ("default", "none", "writeback", "writethrough", "directsync", "unsafe"), default="default")
+            found["cache"] = _choice(
+                e,
+                "cache",
+                ("default", "none", "writeback", "writethrough", "directsync", "unsafe"),
+                default="default",
+            )
 
         def source(e: Any) -> None:
             attribute = {"file": "file", "block": "dev"}[kind]
@@ -257,7 +273,9 @@ class _Reader:
         def target(e: Any) -> None:
             _attributes(e, {"dev"}, {"bus"})
             found["target"] = _word(e, e.get("dev"), "disk target")
-            found["bus"] = _choice(e, "bus", ("virtio", "ide"), default="virtio" if e.get("dev", "").startswith("vd") else "ide")
+            found["bus"] = _choice(
+                e, "bus", ("virtio", "ide"), default="virtio" if e.get("dev", "").startswith("vd") else "ide"
+            )
 
         self.children(
             element,
@@ -308,7 +326,9 @@ class _Reader:
         """Accept the console that repeats the first serial port, as virt-install writes it."""
         target = element.find("target")
         if target is not None and target.get("type", "serial") != "serial":
-            raise definition_error(element, f"a console of type {target.get('type')!r} is not supported: use serial")
+            raise definition_error(
+                element, f"a console of type {target.get('type')!r} is not supported: use serial"
+            )
         if not self.machine.serials:
             self.set(serials=(CharacterDevice(kind="pty"),))
 
@@ -324,8 +344,14 @@ class _Reader:
     def rng(self, element: Any) -> None:
         _choice(element, "model", ("virtio",))
         backend = element.find("backend")
-        if backend is None or backend.get("model") != "random" or (backend.text or "").strip() != "/dev/urandom":
-            raise definition_error(element, "a random generator needs <backend model='random'>/dev/urandom</backend>")
+        if (
+            backend is None
+            or backend.get("model") != "random"
+            or (backend.text or "").strip() != "/dev/urandom"
+        ):
+            raise definition_error(
+                element, "a random generator needs <backend model='random'>/dev/urandom</backend>"
+            )
         self.set(random=True)
 
 
@@ -349,7 +375,8 @@ def _attributes(element: Any, needed: Iterable[str] = (), allowed: Iterable[str]
     for name in element.attrib:
         if name not in {*needed, *allowed}:
             raise definition_error(
-                element, f"the attribute {name} of <{element.tag}> is not understood by this driver: remove it"
+                element,
+                f"the attribute {name} of <{element.tag}> is not understood by this driver: remove it",
             )
 
 
@@ -357,7 +384,8 @@ def _choice(element: Any, attribute: str, values: tuple[str, ...], default: str 
     value = str(element.get(attribute, default))
     if value not in values:
         raise definition_error(
-            element, f"{attribute}={value!r:.60} of <{element.tag}> is not supported: use {' or '.join(values)}"
+            element,
+            f"{attribute}={value!r:.60} of <{element.tag}> is not supported: use {' or '.join(values)}",
         )
     return value
 
@@ -369,7 +397,9 @@ def _switch(element: Any, attribute: str) -> bool:
 
 def _choose(element: Any, value: str) -> None:
     if _text(element) != value:
-        raise definition_error(element, f"<{element.tag}> is {_text(element)!r:.40}, but only {value} is supported")
+        raise definition_error(
+            element, f"<{element.tag}> is {_text(element)!r:.40}, but only {value} is supported"
+        )
 
 
 def _word(element: Any, text: str | None, what: str) -> str:
@@ -393,10 +423,12 @@ def _path(element: Any) -> str:
 
 def pin(machine: Machine, *, machine_type: str, cpu: str) -> Machine:
     """Fix machine type and CPU model in the definition, so that every later start and every host builds the same."""
-    root = copy.deepcopy(machine.definition.root)
-    root.find("os").find("type").set("machine", machine_type)
-    root.find("os").find("type").set("arch", "x86_64")
     from lxml import etree
+
+    root: Any = copy.deepcopy(machine.definition.root)
+    os_type = root.find("os/type")
+    os_type.set("machine", machine_type)
+    os_type.set("arch", "x86_64")
 
     element = root.find("cpu")
     if element is None:
@@ -490,8 +522,11 @@ def build_argv(
 
 def _boots(machine: Machine, disk: Disk) -> bool:
     wanted = "cdrom" if machine.boot == "cdrom" else "disk"
-    return not machine.kernel and machine.boot != "network" and disk.device == wanted and disk is next(
-        (d for d in machine.disks if d.device == wanted), None
+    return (
+        not machine.kernel
+        and machine.boot != "network"
+        and disk.device == wanted
+        and disk is next((d for d in machine.disks if d.device == wanted), None)
     )
 
 
@@ -519,7 +554,9 @@ def _disk(number: int, disk: Disk, *, first_of_boot: bool) -> list[str]:
     share = f",share-rw={_on(disk.shareable)}"
     write_cache = f",write-cache={_on(disk.cache not in ('writethrough', 'directsync'))}"
     if disk.bus == "virtio":
-        device = f"virtio-blk-pci,drive={node},id=device-{node},addr={hex(number + 3)}{boot}{share}{write_cache}"
+        device = (
+            f"virtio-blk-pci,drive={node},id=device-{node},addr={hex(number + 3)}{boot}{share}{write_cache}"
+        )
     else:
         kind = "ide-cd" if disk.device == "cdrom" else "ide-hd"
         bus = f"ide.{number // 2 % 2},unit={number % 2}"

@@ -237,7 +237,9 @@ class QemuDriver:
         definition = machine.definition
         owner = self._name_owner(definition.name)
         if owner is not None and owner != definition.uuid:
-            raise DomainExistsError(f"the name {definition.name} belongs to domain {owner}", domain=definition.name)
+            raise DomainExistsError(
+                f"the name {definition.name} belongs to domain {owner}", domain=definition.name
+            )
         return self._pin(machine)
 
     def _pin(self, machine: Machine) -> Machine:
@@ -365,7 +367,9 @@ class QemuDriver:
     async def domain_undefine(self, request: DomainRequest) -> None:
         if request.uuid not in self._defined:
             await self._info(request.uuid)
-            raise DomainStateError(f"domain {request.name} is transient: it has no definition", domain=request.name)
+            raise DomainStateError(
+                f"domain {request.name} is transient: it has no definition", domain=request.name
+            )
         self._undefine(request.uuid, request.name)
 
     def _undefine(self, uuid: DomainUUID, name: str) -> None:
@@ -411,11 +415,18 @@ class QemuDriver:
         status, info = (await guest.ask("query-status"))["status"], await guest.ask("query-migrate")
         if status in ("guest-panicked", "internal-error", "io-error", "shutdown"):
             findings.append(
-                _blocker("guest-state", Side.SOURCE, f"the guest is in the state {status}", "reset or restart it")
+                _blocker(
+                    "guest-state", Side.SOURCE, f"the guest is in the state {status}", "reset or restart it"
+                )
             )
         if info.get("status") in _ACTIVE:
             findings.append(
-                _blocker("job-active", Side.SOURCE, "QEMU is sending this guest already", "wait for it or cancel it")
+                _blocker(
+                    "job-active",
+                    Side.SOURCE,
+                    "QEMU is sending this guest already",
+                    "wait for it or cancel it",
+                )
             )
         findings.extend(
             _blocker("device-unmigratable", Side.SOURCE, str(reason), "remove the device")
@@ -423,7 +434,8 @@ class QemuDriver:
         )
         paths = disk_paths(read_machine(guest.record.definition))
         return CheckReply(
-            findings=tuple(findings), facts={"disks": json.dumps({path: _file_identity(path) for path in paths})}
+            findings=tuple(findings),
+            facts={"disks": json.dumps({path: _file_identity(path) for path in paths})},
         )
 
     def _check_destination(self, request: CheckRequest) -> CheckReply:
@@ -446,7 +458,12 @@ class QemuDriver:
             )
         if machine.accelerated and not self._emulator.kvm:
             findings.append(
-                _blocker("accelerator-missing", side, "the guest runs with KVM, which does not work there", "mend KVM there")
+                _blocker(
+                    "accelerator-missing",
+                    side,
+                    "the guest runs with KVM, which does not work there",
+                    "mend KVM there",
+                )
             )
         available = _available_bytes()
         if available is not None and available < request.domain.memory_bytes:
@@ -460,10 +477,14 @@ class QemuDriver:
             )
         for path in boot_paths(machine):
             if not os.access(path, os.R_OK):
-                findings.append(_blocker("file-missing", side, f"{path} cannot be read there", "copy it there"))
+                findings.append(
+                    _blocker("file-missing", side, f"{path} cannot be read there", "copy it there")
+                )
         told = json.loads(request.facts.get("disks", "{}"))
         findings.extend(
-            finding for path in disk_paths(machine) if (finding := _check_disk(path, told.get(path))) is not None
+            finding
+            for path in disk_paths(machine)
+            if (finding := _check_disk(path, told.get(path))) is not None
         )
         return CheckReply(findings=tuple(findings))
 
@@ -604,7 +625,8 @@ class QemuDriver:
                 "migrate-set-capabilities",
                 {
                     "capabilities": [
-                        {"capability": name, "state": True} for name in ("events", "return-path", "late-block-activate")
+                        {"capability": name, "state": True}
+                        for name in ("events", "return-path", "late-block-activate")
                     ]
                 },
             )
@@ -692,7 +714,9 @@ def _file_identity(path: str) -> list[str | int] | None:
 def _check_disk(path: str, told: list[str | int] | None) -> Finding | None:
     here = _file_identity(path)
     if here is None or not os.access(path, os.R_OK):
-        return _blocker("storage-missing", Side.DESTINATION, f"{path} cannot be read there", "share the storage")
+        return _blocker(
+            "storage-missing", Side.DESTINATION, f"{path} cannot be read there", "share the storage"
+        )
     if here != told:
         return _blocker(
             "storage-not-shared",
@@ -721,7 +745,8 @@ def _listen_uri(request: PrepareRequest) -> tuple[str, str]:
     if uri.protocol == "unix":
         if not uri.path or len(os.fsencode(uri.path)) > _UNIX_PATH_MAX:
             raise PrepareError(
-                f"the socket's path has more than {_UNIX_PATH_MAX} bytes: use a shorter one", side=Side.DESTINATION
+                f"the socket's path has more than {_UNIX_PATH_MAX} bytes: use a shorter one",
+                side=Side.DESTINATION,
             )
         return f"unix:{uri.path}", request.migration_uri
     if uri.protocol not in ("", "tcp"):

@@ -22,6 +22,7 @@ from ferryman_qemu.process import Process, find_strays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from anyio.abc import TaskGroup
 
@@ -77,7 +78,7 @@ class Guest:
         run: RunDirectory,
         argv: Callable[[int, int], Sequence[str]],
         *,
-        log: Any,
+        log: Path,
         tasks: TaskGroup,
         ended: Callable[[Guest, str], None],
         happened: Callable[[Guest, Event], None],
@@ -94,9 +95,7 @@ class Guest:
             with run.listen("control") as control, run.listen("read") as read:
                 streams = await run.connect("control"), await run.connect("read")
                 arguments = list(argv(control.fileno(), read.fileno()))
-                with open(log, "a", encoding="utf-8") as file:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} start: {' '.join(arguments)}\n")
-                begin = log.stat().st_size
+                begin = _write_log(log, arguments)
                 process = Process.spawn(arguments, output=log, inherited=(control.fileno(), read.fileno()))
             record = replace(record, identity=process.identity)
             run.write(record)
@@ -113,10 +112,8 @@ class Guest:
             if guest.control.closed:
                 with anyio.move_on_after(_QUIT_S):
                     await process.wait()
-                with open(log, "rb") as file:
-                    file.seek(begin)
-                    said = file.read()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-                raise HypervisorError(f"QEMU did not start domain {record.name}: {said or guest.control.close_reason}")
+                said = _read_log(log, begin) or guest.control.close_reason
+                raise HypervisorError(f"QEMU did not start domain {record.name}: {said}")
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 if process is not None:
@@ -125,7 +122,9 @@ class Guest:
                     process.close()
                 run.remove()
             if isinstance(error, OSError):
-                raise HypervisorError(f"QEMU could not be started for domain {record.name}: {error}") from error
+                raise HypervisorError(
+                    f"QEMU could not be started for domain {record.name}: {error}"
+                ) from error
             raise
         tasks.start_soon(guest._watch_process)
         return guest
@@ -193,7 +192,10 @@ class Guest:
         self._ended(self, self.ending)
 
     async def _watch_events(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        with suppress(MonitorClosedError), self.control.events("STOP", "RESUME", "SHUTDOWN", "MIGRATION") as events:
+        with (
+            suppress(MonitorClosedError),
+            self.control.events("STOP", "RESUME", "SHUTDOWN", "MIGRATION") as events,
+        ):
             task_status.started()
             while True:
                 event = await events.get()
@@ -247,6 +249,20 @@ class Guest:
         """Change what is written down about the process."""
         self.record = record
         self.run.write(record)
+
+
+def _write_log(log: Path, argv: Sequence[str]) -> int:
+    """Log a command line; returns where what the process prints begins."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} start: {' '.join(argv)}\n")
+        return file.tell()
+
+
+def _read_log(log: Path, begin: int) -> str:
+    """The last of what a process printed."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
 
 async def _execute(monitor: Monitor, command: str, arguments: dict[str, Any] | None) -> Any:

@@ -92,7 +92,17 @@ def probe(path: str, cache: Path) -> Emulator:
 def _ask(path: str, accelerator: str, commands: list[str]) -> list[Any] | None:
     """Start the emulator with no machine and ask it; None where it does not start with that accelerator."""
     lines = [json.dumps({"execute": name}) for name in ("qmp_capabilities", *commands, "quit")]
-    argv = [path, "-machine", "none", "-accel", accelerator, "-nodefaults", "-no-user-config", "-display", "none"]
+    argv = [
+        path,
+        "-machine",
+        "none",
+        "-accel",
+        accelerator,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+    ]
     try:
         ended = subprocess.run(
             [*argv, "-S", "-qmp", "stdio"],

@@ -73,7 +73,7 @@ class Process:
             argv[0],
             list(argv),
             os.environ,
-            file_actions=actions,  # type: ignore[arg-type]  # typeshed does not know the mixed form
+            file_actions=actions,
             setsid=True,
             setsigmask=[],
             setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
@@ -111,7 +111,7 @@ class Process:
         """
         await anyio.wait_readable(self._pidfd)
         with suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222 - it does not wait
 
     def close(self) -> None:
         """Let go of the process; it goes on."""

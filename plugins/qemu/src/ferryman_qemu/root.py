@@ -83,7 +83,9 @@ def root_of(uri: ConnectionURI) -> Path:
             data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
             return Path(data) / "ferryman" / "qemu"
         case path:
-            raise ConnectError(f"{path} is no host of QEMU: write qemu:///system, /session or /embed?root=DIRECTORY")
+            raise ConnectError(
+                f"{path} is no host of QEMU: write qemu:///system, /session or /embed?root=DIRECTORY"
+            )
 
 
 class Root:
@@ -109,7 +111,7 @@ class Root:
             raise ConnectError(f"the directory {path} cannot be used: {error.strerror}") from error
         try:
             with anyio.move_on_after(LOCK_WAIT_S) as waited:
-                while not _try_lock(lock):
+                while not _try_lock(lock):  # noqa: ASYNC110
                     # flock has no event to wait for: a waiting thread could not be cancelled.
                     await anyio.sleep(_LOCK_RETRY_S)
             if waited.cancelled_caught:

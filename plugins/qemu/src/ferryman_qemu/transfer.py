@@ -185,7 +185,9 @@ class Transfer:
         return str(info.get("error-desc") or f"the stream to {self._request.migration_uri} broke")
 
     def _failed(self, reason: str) -> PerformError:
-        return PerformError(reason, side=Side.SOURCE, domain=self._guest.record.name, guest_state=GuestState.SOURCE)
+        return PerformError(
+            reason, side=Side.SOURCE, domain=self._guest.record.name, guest_state=GuestState.SOURCE
+        )
 
     async def _sample(self, scope: anyio.CancelScope) -> None:
         """Show counters when a pass over the memory ends, and now and then between."""
