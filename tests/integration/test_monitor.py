@@ -926,7 +926,7 @@ async def serve(stream: anyio.abc.SocketStream, monitor: Monitor) -> None:
     await peer.send({"QMP": {"version": version, "capabilities": []}})
     assert (await anext(commands))["execute"] == "qmp_capabilities"
     await peer.send({"return": {}})
-    async with anyio.create_task_group() as tasks:
+    async with stream, anyio.create_task_group() as tasks:
 
         async def forward() -> None:
             with monitor.events() as events:

@@ -282,7 +282,9 @@ class SimulatedDriver:
 
     # Faults
 
-    async def _fault(self, point: str, process: Process | None, error: Exception) -> None:
+    async def _fault(
+        self, point: str, process: Process | None, error: Exception, *, receiver: Process | None = None
+    ) -> None:
         fault = self._world.faults.take(self._host.name, point)
         match fault:
             case None:
@@ -299,8 +301,9 @@ class SimulatedDriver:
                 if process is not None:
                     process.state = ProcessState.GONE
             case Fault.CORRUPT:
-                if process is not None:
-                    process.memory[process.pages // 2] ^= 1
+                arrived = receiver or process
+                if arrived is not None:
+                    arrived.memory[arrived.pages // 2] ^= 1
             case Fault.RUN_TWICE:
                 if process is not None:
                     self._world.run(process)
@@ -384,7 +387,7 @@ class SimulatedDriver:
             steps = process.steps
             self._copy(process, receiver, first, count)
             await self._world.elapse(seconds)
-            await self._fault("migrate_perform.iteration", process, failed)
+            await self._fault("migrate_perform.iteration", process, failed, receiver=receiver)
             self._require_alive(process, receiver)
             sent_bytes += count * PAGE_BYTES
             dirtied = min(process.pages, process.steps - steps)
@@ -401,17 +404,17 @@ class SimulatedDriver:
                 )
             )
         process.state = ProcessState.PAUSED
-        await self._fault("migrate_perform.stopped", process, failed)
+        await self._fault("migrate_perform.stopped", process, failed, receiver=receiver)
         self._copy(process, receiver, first, count)
         await self._world.elapse(seconds)
         receiver.steps, receiver.owed = process.steps, process.owed
         receiver.whole, receiver.state = True, ProcessState.PAUSED
         # From here to completion the destination has everything, and the source may still run again by itself.
-        await self._fault("migrate_perform.last-byte", process, failed)
+        await self._fault("migrate_perform.last-byte", process, failed, receiver=receiver)
         self._require_alive(process, receiver)
         process.transfer = "completed"
         process.state = ProcessState.HANDED_OVER
-        await self._fault("migrate_perform.completed", process, failed)
+        await self._fault("migrate_perform.completed", process, failed, receiver=receiver)
         downtime_ms_seen = seconds * 1000
         return PerformReply(
             statistics=TransferStatistics(

@@ -1,0 +1,1 @@
+"""The demonstration: a running guest crosses from one host to another and back, and keeps counting."""
