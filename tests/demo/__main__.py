@@ -209,10 +209,10 @@ async def _simulated(
     outcome = Outcome(driver="test")
     lab = world("demo")
     lab.faults = faults
+    rate = arguments.dirty_mib_per_s * _MIB
     definition = (
         f"<domain type='test'><name>{_NAME}</name><memory unit='MiB'>{arguments.memory_mib}</memory>"
-        f"<metadata><guest xmlns='urn:ferryman:test' dirty-bytes-per-s='{arguments.dirty_mib_per_s * _MIB}'/></metadata>"
-        "</domain>"
+        f"<metadata><guest xmlns='urn:ferryman:test' dirty-bytes-per-s='{rate}'/></metadata></domain>"
     )
     display.line(
         f"A simulated guest with {arguments.memory_mib} MiB writes {arguments.dirty_mib_per_s} MiB/s."

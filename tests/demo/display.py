@@ -11,6 +11,8 @@ from ferryman import PhaseEvent, ProgressEvent, SettledEvent, TransferStatistics
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.table import Table
+
     from ferryman.types import MigrationEvent
 
 _MIB = 1 << 20
@@ -78,7 +80,7 @@ class Display:
         if self._live is not None:
             self._live.update(self._table())
 
-    def _table(self) -> object:
+    def _table(self) -> Table:
         from rich.table import Table
 
         statistics = self._statistics

@@ -59,14 +59,19 @@ def run_directories(root: Path) -> list[Path]:
     return sorted(run.iterdir()) if run.exists() else []
 
 
-def pids(root: Path) -> list[int]:
-    """Process numbers that the root's live processes wrote down."""
-    found = []
+def pids_by_name(root: Path) -> dict[str, int]:
+    """Process numbers that the root's processes wrote down, by domain."""
+    found = {}
     for directory in run_directories(root):
-        identity = json.loads((directory / "guest.json").read_text())["identity"]
-        if identity:
-            found.append(int(identity.split(":")[1]))
+        record = json.loads((directory / "guest.json").read_text())
+        if record["identity"]:
+            found[record["name"]] = int(record["identity"].split(":")[1])
     return found
+
+
+def pids(root: Path) -> list[int]:
+    """Process numbers that the root's processes wrote down."""
+    return list(pids_by_name(root).values())
 
 
 def dump_memory(root: Path, name: str, path: Path, memory_bytes: int) -> None:

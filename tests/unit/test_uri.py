@@ -268,6 +268,9 @@ CONNECTIONS = [
     ("q://HostB/", ConnectionURI(scheme="q", host="HostB"), None),
     ("q://my_host/", ConnectionURI(scheme="q", host="my_host"), None),
     ("q://10.0.0.1/", ConnectionURI(scheme="q", host="10.0.0.1"), None),
+    (f"q://{'a' * 63}/", ConnectionURI(scheme="q", host="a" * 63), None),
+    (f"q://{'a.' * 126}a/", ConnectionURI(scheme="q", host="a." * 126 + "a"), None),
+    ("q://0xyz/", ConnectionURI(scheme="q", host="0xyz"), None),
     ("q://10.example/", ConnectionURI(scheme="q", host="10.example"), None),
     ("q://[fe80::1%25eth0]:1/", ConnectionURI(scheme="q", host="fe80::1%eth0", port=1), None),
     ("q://[fe80::1%25eth%30]/", ConnectionURI(scheme="q", host="fe80::1%eth0"), "q://[fe80::1%25eth0]/"),
@@ -571,6 +574,9 @@ def test_the_sentence_names_character_and_position() -> None:
     assert str(error) == ("at position 8, 'a' cannot stand in a port: write a decimal number from 1 to 65535")
     assert error.text == "hostb:80abc"
     assert error.code == "uri-invalid"
+    assert "a space cannot stand in a path" in str(refusal(ConnectionURI, "q:///a b"))
+    assert "white space U+3000 cannot stand" in str(refusal(ConnectionURI, "q:///a\u3000b"))
+    assert "'TCP' is not how" in str(refusal(MigrationURI, "TCP:hostb:1"))
 
 
 @often
@@ -620,6 +626,10 @@ def test_an_object_whose_text_is_too_long() -> None:
     with pytest.raises(URIError, match="canonical form") as caught:
         ConnectionURI(scheme="q", path="/" + "\u00e9" * (MAX_URI_LENGTH // 6))
     assert caught.value.position is None
+    assert len(caught.value.text) == MAX_URI_LENGTH + 1
+    with pytest.raises(URIError) as caught:
+        ConnectionURI(scheme="q", host="!" * 2 * MAX_URI_LENGTH)
+    assert len(caught.value.text) == MAX_URI_LENGTH + 1
 
 
 # --- nothing but URIError ever leaves parse -------------------------------------------------------------------------
@@ -743,6 +753,7 @@ def test_subclasses_of_str_and_int_become_plain() -> None:
         (ConnectionURI, "qemu:/user:secret@hostb/x", "qemu:/user:******@hostb/x"),
         (ConnectionURI, "user:secret@hostb", "user:******@hostb"),
         (MigrationURI, "user:secret@hostb:1", "user:******@hostb:1"),
+        (MigrationURI, ":secret@hostb", ":******@hostb"),
         (MigrationURI, "tcp://user:secret@hostb", "tcp://user:******@hostb"),
         # No password, so nothing is hidden.
         (ConnectionURI, "q://u@h:80/a:b@c d", "q://u@h:80/a:b@c d"),
@@ -876,6 +887,22 @@ def test_an_invalid_migration_uri_cannot_be_constructed(fields: dict[str, Any], 
     assert caught.value.position is None
     assert str(caught.value).startswith(f"in {blamed}, ")
     check_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"host": "[::1]"}, "write the address without"),
+        ({"host": ""}, "the host is empty"),
+        ({"path": "system"}, "cannot begin with 's'"),
+        ({"params": (("", "b"),)}, "has an empty name"),
+        ({"params": (("a", "b"), ("a", "c"))}, "'a' is given twice"),
+    ],
+)
+def test_the_sentence_about_a_field(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(URIError) as caught:
+        ConnectionURI(**{"scheme": "q", **fields})
+    assert sentence in str(caught.value)
 
 
 def test_fields_are_normalised_on_construction() -> None:

@@ -849,7 +849,9 @@ class MigrationURI:
         elif not text.startswith(":", head_end) or head.lower() not in _RESERVED_HOSTS:
             host, port = cls._parse_plain(source, head)
         elif head != head.lower():
-            raise source.error(0, f"{_shown(head[0])} is not the protocol's spelling: write it in lower case")
+            raise source.error(
+                0, f"{_excerpt(head)} is not how the protocol is spelt: write it in lower case"
+            )
         elif head == "tcp":
             protocol = head
             host, port = cls._parse_legacy_tcp(source, start)
