@@ -24,7 +24,7 @@ class PeerError(Exception):
     """A peer did not do what was asked; :meth:`Peer.stop` still clears everything away."""
 
 
-class PeerUnavailable(PeerError):  # noqa: N818 - the absence of a peer is a finding, not a fault
+class PeerUnavailable(PeerError):
     """This machine cannot run this peer; nothing was left behind.
 
     :param reason: one sentence for people: which program or right is missing.

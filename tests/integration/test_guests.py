@@ -511,6 +511,20 @@ class TestWitness:
             report = witness.report(pids={source.pid, destination.pid})
             assert (report.ticks, report.ticks_lost, report.ticks_doubled) == (3, 0, 0), number
 
+    def test_a_head_is_used_once(self, witness: Witness) -> None:
+        """A tail that would fit to the head of a guest that was handed over before."""
+        with ExitStack() as stack:
+            pids = []
+            for first in (1000, 2000):
+                source, destination = (stack.enter_context(Speaker(witness)) for _ in range(2))
+                source.tick(first)
+                source.say(b"%08X" % (first + 1))
+                destination.say(b"\n")
+                destination.tick(first + 2)
+                pids.append({source.pid, destination.pid})
+            values = [[tick.value for tick in witness.ticks() if tick.pid in pair] for pair in pids]
+        assert values == [[1000, 1001, 1002], [2000, 2001, 2002]]
+
     def test_ticks_and_text_with_a_prefix(self) -> None:
         with (
             Witness(prefix=TICK_PREFIX) as witness,

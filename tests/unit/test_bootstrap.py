@@ -156,6 +156,15 @@ def test_uv_is_used_where_it_is_and_pip_where_uv_fails(machine: Machine) -> None
     assert machine.created() == 2
 
 
+def test_pip_begins_anew_where_uv_fails_to_add_a_stage(machine: Machine) -> None:
+    machine.programs = {"uv"}
+    bootstrap.set_up(machine.root, "demo")
+    machine.failing = {"uv pip install": SetupError("uv knows no index here")}
+    bootstrap.set_up(machine.root, "docs")
+    assert machine.created() == 2
+    assert bootstrap.python_ready(machine.root, "demo")
+
+
 def test_the_distributions_are_never_asked_of_an_index() -> None:
     for stage in bootstrap.STAGES:
         assert not [entry for entry in bootstrap.requirements(ROOT, stage) if entry.startswith("ferryman")]

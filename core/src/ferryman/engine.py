@@ -95,6 +95,7 @@ _ASK_FIRST_S = 0.05
 _ASK_LONGEST_S = 30.0
 _RECOVERY_ROUNDS = 8
 _DRIVER_PREFIX = "driver."
+_AFTER_TRANSFER = {State.STOPPED: PaperKind.PROOF, State.KEPT: PaperKind.KEPT}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,11 +373,17 @@ class Host:
                 progress=progress,
                 cookie=_to_driver(receipt),
             )
-            answer = await self._feed(run, Input.PERFORM)
+            await self._feed(run, Input.PERFORM)
+            if run.state is State.HANDING:
+                with anyio.CancelScope(shield=True):
+                    await self._recover(run)
+                    if run.state is State.HANDING:
+                        await self._feed(run, Input.LOST)
+        kind = _AFTER_TRANSFER.get(run.state, PaperKind.ASK)
         reply = run.transfer_reply
         return Performed(
-            kind=answer or PaperKind.ASK,
-            cookie=self._cookie(run, answer or PaperKind.ASK),
+            kind=kind,
+            cookie=self._cookie(run, kind),
             statistics=reply.statistics if reply is not None else TransferStatistics(),
             stopped_for_ms=reply.stopped_for_ms if reply is not None else None,
             error=run.failure,
@@ -679,7 +686,8 @@ class Host:
         run.row = replace(run.row, process=reply.process)
         return Input.RECEIVER_UP
 
-    async def _transfer(self, run: _Run) -> Input:
+    async def _transfer(self, run: _Run) -> Input | None:
+        """Send; None where the driver does not know how it ended."""
         request = run.transfer_request
         assert request is not None
         run.failure = None
@@ -691,8 +699,7 @@ class Host:
                 run.transfer_reply = await self._hooks.call("migrate_perform", request, PerformReply)
         except (InDoubtError, DriverContractError) as error:
             run.failure = error
-            with anyio.CancelScope(shield=True):
-                return await self._look(run) or Input.LOST
+            return None
         except FerrymanError as error:
             run.failure = error
             run.row = replace(run.row, reason=str(error))

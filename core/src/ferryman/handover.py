@@ -409,6 +409,9 @@ class GuestEvidence(Enum):
 
     RUNNING = "running"
     STOPPED = "stopped"
+    """It stands still, and nothing says that it ever ran here."""
+    HALTED = "halted"
+    """It stands still in a state that a guest reaches by running: panicked, shut down, failed by its disk."""
     GONE = "gone"
     UNKNOWN = "unknown"
 
@@ -447,7 +450,8 @@ def recover(row: MigrationRow, evidence: Evidence) -> Input | None:
             match evidence.guest:
                 case GuestEvidence.RUNNING:
                     return Input.RAN
-                case GuestEvidence.STOPPED | GuestEvidence.GONE:
+                case GuestEvidence.STOPPED | GuestEvidence.HALTED | GuestEvidence.GONE:
+                    # It was never told to run: ``claiming`` is written before that.
                     return Input.CANCEL
                 case GuestEvidence.UNKNOWN:
                     return None
@@ -455,7 +459,7 @@ def recover(row: MigrationRow, evidence: Evidence) -> Input | None:
                     assert_never(evidence.guest)
         case Record.CLAIMING:
             match evidence.guest:
-                case GuestEvidence.RUNNING:
+                case GuestEvidence.RUNNING | GuestEvidence.HALTED:
                     return Input.RAN
                 case GuestEvidence.STOPPED:
                     return Input.RUN_AGAIN

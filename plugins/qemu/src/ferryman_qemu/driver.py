@@ -103,6 +103,12 @@ _ACTIVE = frozenset(
         "postcopy-recover",
     }
 )
+_EVIDENCE = {
+    "running": GuestEvidence.RUNNING,
+    **dict.fromkeys(
+        ("inmigrate", "paused", "prelaunch", "finish-migrate", "postmigrate"), GuestEvidence.STOPPED
+    ),
+}
 _EVENTS = {"STOP": DomainEventKind.SUSPENDED, "RESUME": DomainEventKind.RESUMED}
 
 
@@ -594,9 +600,7 @@ class QemuDriver:
             # "completed" of an earlier arrival is no sign of this transfer: the run state tells the two apart.
             sent = state in ("finish-migrate", "postmigrate", "running")
             transfer = TransferEvidence.COMPLETED if sent else TransferEvidence.NONE
-        return Evidence(
-            guest=GuestEvidence.RUNNING if state == "running" else GuestEvidence.STOPPED, transfer=transfer
-        )
+        return Evidence(guest=_EVIDENCE.get(state, GuestEvidence.HALTED), transfer=transfer)
 
     # Migration: destination
 
