@@ -569,7 +569,6 @@ class _Server:
             if other is not peer and other.rest and not other.was_continued:
                 match = self._parse(other.rest + line)
                 if match is not None and int(match[1], self._base) == other.last_value + 1:
-                    other.was_continued = True
                     return other.rest + line
         return line if peer.predecessor is None else peer.predecessor.rest + line
 

@@ -95,7 +95,6 @@ _ASK_FIRST_S = 0.05
 _ASK_LONGEST_S = 30.0
 _RECOVERY_ROUNDS = 8
 _DRIVER_PREFIX = "driver."
-_AFTER_TRANSFER = {State.STOPPED: PaperKind.PROOF, State.KEPT: PaperKind.KEPT}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +182,15 @@ class Endpoint(Protocol):
 
     async def decide(self, cookie: bytes) -> Finished:
         """Claim, refuse, or answer a question: finish, cancel and ask are one message with different papers."""
+
+    async def _after_transfer(self, run: _Run) -> PaperKind:
+        """What perform can say: the proof, that the guest is kept, or nothing but a question."""
+        if run.state is State.HANDING:
+            with anyio.CancelScope(shield=True):
+                await self._recover(run)
+                if run.state is State.HANDING:
+                    await self._feed(run, Input.LOST)
+        return {State.STOPPED: PaperKind.PROOF, State.KEPT: PaperKind.KEPT}.get(run.state, PaperKind.ASK)
 
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal."""
@@ -374,12 +382,7 @@ class Host:
                 cookie=_to_driver(receipt),
             )
             await self._feed(run, Input.PERFORM)
-            if run.state is State.HANDING:
-                with anyio.CancelScope(shield=True):
-                    await self._recover(run)
-                    if run.state is State.HANDING:
-                        await self._feed(run, Input.LOST)
-        kind = _AFTER_TRANSFER.get(run.state, PaperKind.ASK)
+            kind = await self._after_transfer(run)
         reply = run.transfer_reply
         return Performed(
             kind=kind,
