@@ -541,7 +541,7 @@ class _Server:
                 peer.socket.close()
                 return
             if peer.at_first_line and self._heard_last is not peer:
-                peer.predecessor = self._heard_last
+                pass
             self._heard_last = peer
             lines = (peer.rest + data).split(b"\n")
             peer.rest = lines.pop()[-_LONGEST_LINE_BYTES:]
@@ -569,6 +569,7 @@ class _Server:
             if other is not peer and other.rest and not other.was_continued:
                 match = self._parse(other.rest + line)
                 if match is not None and int(match[1], self._base) == other.last_value + 1:
+                    other.was_continued = True
                     return other.rest + line
         return line if peer.predecessor is None else peer.predecessor.rest + line
 

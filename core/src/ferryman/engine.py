@@ -183,15 +183,6 @@ class Endpoint(Protocol):
     async def decide(self, cookie: bytes) -> Finished:
         """Claim, refuse, or answer a question: finish, cancel and ask are one message with different papers."""
 
-    async def _after_transfer(self, run: _Run) -> PaperKind:
-        """What perform can say: the proof, that the guest is kept, or nothing but a question."""
-        if run.state is State.HANDING:
-            with anyio.CancelScope(shield=True):
-                await self._recover(run)
-                if run.state is State.HANDING:
-                    await self._feed(run, Input.LOST)
-        return {State.STOPPED: PaperKind.PROOF, State.KEPT: PaperKind.KEPT}.get(run.state, PaperKind.ASK)
-
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal."""
 
@@ -391,6 +382,15 @@ class Host:
             stopped_for_ms=reply.stopped_for_ms if reply is not None else None,
             error=run.failure,
         )
+
+    async def _after_transfer(self, run: _Run) -> PaperKind:
+        """What perform can say: the proof, that the guest is kept, or nothing but a question."""
+        if run.state is State.HANDING:
+            with anyio.CancelScope(shield=True):
+                await self._recover(run)
+                if run.state is State.HANDING:
+                    await self._feed(run, Input.LOST)
+        return {State.STOPPED: PaperKind.PROOF, State.KEPT: PaperKind.KEPT}.get(run.state, PaperKind.ASK)
 
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal; any other paper changes nothing.

@@ -54,7 +54,8 @@ class _Call:
 
     def __init__(self, portal: BlockingPortal) -> None:
         self._portal = portal
-        self._scope = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None
+        self._interrupted = False
         self._ended = threading.Event()
 
     def run(self, ask: Callable[[], Awaitable[T]]) -> T:
@@ -62,18 +63,24 @@ class _Call:
         try:
             return future.result()
         except KeyboardInterrupt:
-            self._portal.call(self._scope.cancel)
+            self._portal.call(self._cancel)
             # INVARIANT: nothing is left undecided behind an interrupt: the call has ended when it is raised.
             self._ended.wait()
             raise
 
     async def _run(self, ask: Callable[[], Awaitable[T]]) -> T:
         try:
-            with self._scope:
-                return await ask()
+            with anyio.CancelScope() as self._scope:
+                if not self._interrupted:
+                    return await ask()
             raise InterruptedError("the call was cancelled by an interrupt")
         finally:
             self._ended.set()
+
+    def _cancel(self) -> None:
+        self._interrupted = True
+        if self._scope is not None:
+            self._scope.cancel()
 
 
 def connect(uri: str | ConnectionURI) -> Connection:
