@@ -294,7 +294,7 @@ class QemuDriver:
         definition = machine.definition
         self._reserved[definition.uuid] = definition.name
         try:
-            guest = await self._spawn(machine, persistent=persistent, paused=paused)
+            guest = await self._spawn(machine, persistent=persistent)
             try:
                 if not paused:
                     async with guest.lock:
@@ -308,7 +308,9 @@ class QemuDriver:
             del self._reserved[definition.uuid]
         self._tell(DomainEventKind.STARTED, definition.name, definition.uuid)
 
-    async def _spawn(self, machine: Machine, *, persistent: bool, paused: bool, migration: str = "") -> Guest:
+    async def _spawn(
+        self, machine: Machine, *, persistent: bool, migration: str = "", socket: str = ""
+    ) -> Guest:
         definition = machine.definition
         run: RunDirectory = self._root.new_run_directory()
         return await Guest.start(
@@ -318,7 +320,7 @@ class QemuDriver:
                 definition=definition.render(),
                 persistent=persistent,
                 migration=migration,
-                paused_by_user=paused,
+                socket=socket,
             ),
             run,
             lambda control, read: build_argv(
@@ -616,7 +618,10 @@ class QemuDriver:
         self._reserved[request.uuid] = request.name
         try:
             guest = await self._spawn(
-                machine, persistent=request.options.persist, paused=request.paused, migration=request.id
+                machine,
+                persistent=request.options.persist,
+                migration=request.id,
+                socket=listen.removeprefix("unix:") if listen.startswith("unix:") else "",
             )
         except BaseException as error:
             self._reserved.pop(request.uuid, None)

@@ -10,6 +10,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from ferryman_qemu.process import Process, find_strays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from anyio.abc import TaskGroup
 
@@ -150,7 +150,7 @@ class Guest:
             return None
         process = Process.find(record.identity)
         if process is None:
-            run.remove()
+            clean_up(run, record)
             return None
         try:
             control, read = await run.connect("control"), await run.connect("read")
@@ -188,7 +188,7 @@ class Guest:
             await self.control.aclose()
             await self.read.aclose()
         self.process.close()
-        self.run.remove()
+        clean_up(self.run, self.record)
         self._ended(self, self.ending)
 
     async def _watch_events(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
@@ -263,6 +263,13 @@ def _read_log(log: Path, begin: int) -> str:
     with log.open("rb") as file:
         file.seek(begin)
         return file.read()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+
+
+def clean_up(run: RunDirectory, record: GuestRecord) -> None:
+    """Remove what a process that is gone has left."""
+    if record.socket and record.migration:
+        Path(record.socket).unlink(missing_ok=True)
+    run.remove()
 
 
 async def _execute(monitor: Monitor, command: str, arguments: dict[str, Any] | None) -> Any:

@@ -51,7 +51,7 @@ class GuestRecord:
 
     :param migration: id of the migration that this process receives; '' for a domain.
     :param identity: boot id, pid and start time; '' until the process was started.
-    :param paused_by_user: the guest is to stay paused.
+    :param socket: unix socket that the receiver listens on; QEMU removes it unless it is killed.
     """
 
     uuid: str
@@ -60,7 +60,7 @@ class GuestRecord:
     persistent: bool
     migration: str = ""
     identity: str = ""
-    paused_by_user: bool = False
+    socket: str = ""
 
 
 def root_of(uri: ConnectionURI) -> Path:
