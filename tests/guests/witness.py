@@ -541,7 +541,7 @@ class _Server:
                 peer.socket.close()
                 return
             if peer.at_first_line and self._heard_last is not peer:
-                pass
+                peer.predecessor = self._heard_last
             self._heard_last = peer
             lines = (peer.rest + data).split(b"\n")
             peer.rest = lines.pop()[-_LONGEST_LINE_BYTES:]

@@ -539,6 +539,19 @@ class TestWitness:
             assert [line.text for line in witness.lines("mem")] == ["mem ok 1", "mem BAD 2"]
             assert witness.lines("tick")[0].text == "tick x"
 
+    def test_text_cut_by_the_hand_over_is_one_line(self) -> None:
+        with (
+            Witness(prefix=TICK_PREFIX) as witness,
+            Speaker(witness) as source,
+            Speaker(witness) as destination,
+        ):
+            source.say(b"tick 1\r\nmem B")
+            witness.wait_tick(0, PROMPT_S)
+            for part in (b"A", b"D 2\r", b"\ntick 2\r\n"):
+                destination.say(part)
+            witness.wait_tick(1, PROMPT_S)
+        assert [(line.pid, line.text) for line in witness.lines()] == [(destination.pid, "mem BAD 2")]
+
     def test_readers_after_the_end(self, tmp_path: Path) -> None:
         with Witness(tmp_path) as witness:
             with Speaker(witness) as speaker:

@@ -96,7 +96,7 @@ def event(name: str, number: int = 0) -> dict[str, Any]:
 @asynccontextmanager
 async def unconnected() -> AsyncIterator[tuple[anyio.abc.UNIXSocketStream, Peer]]:
     """A stream for a monitor, and the peer at its other end, who has not said anything."""
-    with tempfile.TemporaryDirectory(prefix="qmp") as directory, anyio.fail_after(8):
+    with tempfile.TemporaryDirectory(prefix="qmp") as directory, anyio.fail_after(60):
         path = f"{directory}/monitor"
         async with await anyio.create_unix_listener(path) as listener:
             stream = await anyio.connect_unix(path)
@@ -127,6 +127,7 @@ class Starter:
     async def __call__(self) -> Monitor:
         monitor = next(self._waiting)
         await self._tasks.start(monitor.run)
+        assert not monitor.closed, monitor.close_reason
         return monitor
 
 
@@ -159,7 +160,7 @@ class Machine:
 async def machine(monitors: int = 1) -> AsyncIterator[Machine]:
     """Start QEMU on sockets that we are connected to before it is spawned, so that nobody polls for it."""
     need(present=shutil.which(QEMU) is not None, what=QEMU)
-    with tempfile.TemporaryDirectory(prefix="qmp") as name, anyio.fail_after(25):
+    with tempfile.TemporaryDirectory(prefix="qmp") as name, anyio.fail_after(100):
         paths = [f"{name}/monitor{index}" for index in range(monitors)]
         options: list[str] = []
         listeners: list[socket.socket] = []
@@ -240,11 +241,15 @@ async def silenced(host: Machine, monitor: Monitor, outcome: list[object]) -> As
             )
         except MonitorClosedError as error:
             outcome.append(error)
+        until_written.cancel()
 
+    until_written = anyio.CancelScope()
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(save)
-            await anyio.wait_readable(fd)  # QEMU writes, so it is inside the command
+            with until_written:
+                await anyio.wait_readable(fd)  # QEMU writes, so it is inside the command
+            assert not outcome, f"QEMU did not get silent: {outcome}"
             yield Silence(fd)
     finally:
         os.close(fd)
@@ -520,6 +525,27 @@ async def test_a_command_that_has_not_left_is_withdrawn() -> None:
                     await peer.answer(command, {})
 
 
+async def test_an_answer_to_a_command_that_has_not_left_is_none() -> None:
+    async with connected() as (monitor, peer), anyio.create_task_group() as tasks:
+        for _ in range(IN_BAND_MAX):
+            tasks.start_soon(monitor.execute, "stop")
+        seen = [await peer.command() for _ in range(IN_BAND_MAX)]
+        answers: list[object] = []
+
+        async def ask() -> None:
+            answers.append(await monitor.execute("query-status"))
+
+        tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        await peer.answer({"id": max(command["id"] for command in seen) + 1}, "guessed")
+        for command in seen:
+            await peer.answer(command, {})
+        await peer.answer(await peer.command(), "given")
+        while not answers:
+            await anyio.wait_all_tasks_blocked()
+        assert answers == ["given"]
+
+
 async def test_a_command_cancelled_half_sent_is_sent_to_its_end() -> None:
     async with connected() as (monitor, peer):
         text = "x" * (8 << 20)  # more than the socket takes
@@ -551,7 +577,7 @@ async def test_a_command_that_waits_for_the_socket_takes_its_descriptor_along(fi
         async with anyio.create_task_group() as tasks:
 
             async def pass_it() -> None:
-                await monitor.execute("getfd", fds=files[:2])
+                await monitor.execute("getfd", {"text": "y" * (4 << 20)}, fds=files[:2])  # and takes it once
 
             tasks.start_soon(pass_it)
             await anyio.wait_all_tasks_blocked()

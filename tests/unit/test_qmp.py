@@ -222,6 +222,9 @@ def feed_tolerantly(codec: QMPCodec, chunks: list[bytes]) -> tuple[list[Message]
 
 @many
 @given(st.integers(1, 400), st.integers(1, 500), st.integers(1, 500))
+@example(100, 100, 7)
+@example(100, 101, 7)
+@example(100, 101, 500)
 def test_a_line_is_as_long_as_the_limit_or_an_error_at_the_byte_beyond_it(
     limit_bytes: int, line_bytes: int, chunk_bytes: int
 ) -> None:
@@ -231,7 +234,10 @@ def test_a_line_is_as_long_as_the_limit_or_an_error_at_the_byte_beyond_it(
     chunks = cut(line + b"\n", range(0, len(line), chunk_bytes))
     if len(line) <= limit_bytes:
         assert feed_all(codec, chunks) == [Reply(id=1, value={})]
+        assert QMPCodec(max_line_bytes=limit_bytes).feed(line + b"\n") == [Reply(id=1, value={})]
         return
+    with pytest.raises(QMPProtocolError, match="line longer than"):
+        QMPCodec(max_line_bytes=limit_bytes).feed(line + b"\n")
     fed_bytes = 0
     with pytest.raises(QMPProtocolError, match=f"line longer than {limit_bytes} bytes") as caught:
         for chunk in chunks:

@@ -394,6 +394,7 @@ CONNECTION_REFUSALS = [
     ("q://[]/", 4, "write one"),
     ("q://[hostb]/", 4, "write 'hostb' without them"),
     ("q://[10.0.0.1]/", 4, "write '10.0.0.1' without them"),
+    ("q://[a b]/", 6, "remove it"),
     ("q://[::g]/", 7, "hexadecimal digits"),
     ("q://[1:2]/", 5, "eight groups"),
     ("q://[::1::]/", 5, "eight groups"),
@@ -531,6 +532,7 @@ MIGRATION_REFUSALS = [
     ("://hostb", 0, "as in tcp://HOST:PORT"),
     ("x_y://hostb", 1, "lower-case letters"),
     ("+://hostb", 0, "as in tcp://HOST:PORT"),
+    ("Q+ssh://hostb/system", 0, "lower-case"),
     ("qemu+ssh://hostb/system", 4, "as in tcp://HOST:PORT"),
     ("unix", 0, "write 'tcp://unix'"),
     ("unix:", 5, "write 'unix:///PATH'"),
@@ -599,6 +601,7 @@ def test_a_character_that_fits_nowhere_is_the_one_reported(
 
 
 def test_the_longest_uris() -> None:
+    assert MAX_URI_LENGTH == 4096
     text = "q:///" + "a" * (MAX_URI_LENGTH - 5)
     assert ConnectionURI.parse(text).render() == text
     text = "unix:///" + "a" * (MAX_URI_LENGTH - 8)
@@ -624,7 +627,7 @@ def test_a_text_whose_canonical_form_is_too_long(kind: type[AnyURI], head: str, 
 def test_an_object_whose_text_is_too_long() -> None:
     assert len(ConnectionURI(scheme="q", path="/" + "a" * (MAX_URI_LENGTH - 5)).render()) == MAX_URI_LENGTH
     with pytest.raises(URIError, match="canonical form") as caught:
-        ConnectionURI(scheme="q", path="/" + "\u00e9" * (MAX_URI_LENGTH // 6))
+        ConnectionURI(scheme="q", path="/" + "\u00e9" * MAX_URI_LENGTH)
     assert caught.value.position is None
     assert len(caught.value.text) == MAX_URI_LENGTH + 1
     with pytest.raises(URIError) as caught:
