@@ -135,8 +135,8 @@ class _Marks:
                 marks.cont_ns[monitor.name] = time.monotonic_ns()
             return answer
 
-        EventStream._put = put_marked  # type: ignore[method-assign]
-        Monitor.execute = execute_marked  # type: ignore[method-assign]
+        EventStream._put = put_marked  # type: ignore[method-assign,assignment]
+        Monitor.execute = execute_marked  # type: ignore[method-assign,assignment]
 
     def clear(self) -> None:
         self.completed_ns.clear()
@@ -156,7 +156,7 @@ async def _work(directory: str) -> None:
     async with ferryman.connect(ends[0]) as a, ferryman.connect(ends[1]) as b:
         while True:
             line = await anyio.to_thread.run_sync(sys.stdin.readline)
-            request = json.loads(line) if line else {"command": "stop"}
+            request: dict[str, Any] = json.loads(line) if line else {"command": "stop"}
             try:
                 match request["command"]:
                     case "start":

@@ -463,7 +463,7 @@ class SimulatedDriver:
                 self._end(process, DomainEventKind.MIGRATED_OUT)
             if request.undefine:
                 self._host.defined.pop(request.uuid, None)
-        elif process is not None and process.state is ProcessState.HANDED_OVER:
+        elif process is not None and process.state in (ProcessState.HANDED_OVER, ProcessState.PAUSED):
             process.state = ProcessState.PAUSED
             if not request.paused:
                 self._world.run(process)
