@@ -14,7 +14,9 @@ NAME = "web"
 UUID = "6a1f3c52-98b7-4d0e-8f0a-2f7d1c1f9e55"
 
 
-def definition(name: str = NAME, uuid: str = UUID, *, memory_mib: int = 4, dirty_bytes_per_s: int = 10_000_000) -> str:
+def definition(
+    name: str = NAME, uuid: str = UUID, *, memory_mib: int = 4, dirty_bytes_per_s: int = 10_000_000
+) -> str:
     """A small guest that writes all the time."""
     return (
         f"<domain type='test'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>{memory_mib}</memory>"

@@ -102,7 +102,9 @@ async def test_abort(lab: World, event: str) -> None:
         try:
             async with domain.migrate(beta) as job:
                 async for seen in job.progress():
-                    if event == "plan" or (isinstance(seen, ferryman.PhaseEvent) and seen.phase.value == event):
+                    if event == "plan" or (
+                        isinstance(seen, ferryman.PhaseEvent) and seen.phase.value == event
+                    ):
                         job.abort()
             outcome = "beta"
         except MigrationAbortedError as error:
@@ -122,7 +124,9 @@ async def test_cancelled_at_any_moment(lab: World) -> None:
     async with two_hosts(lab) as (alpha, beta):
         await start(alpha)
         for after_ms in range(40):
-            here, there = (alpha, beta) if lab.runners(ferryman.types.DomainUUID(UUID)) == ["alpha"] else (beta, alpha)
+            here, there = (
+                (alpha, beta) if lab.runners(ferryman.types.DomainUUID(UUID)) == ["alpha"] else (beta, alpha)
+            )
             domain = await here.lookup_by_name(NAME)
             with anyio.move_on_after(after_ms / 1000):
                 await domain.migrate(there)

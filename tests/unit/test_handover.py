@@ -157,14 +157,14 @@ RECOVERY = [
 
 
 @pytest.mark.parametrize(("record", "guest", "transfer", "expected"), RECOVERY)
-def test_recovery(record: Record, guest: G, transfer: T, expected: Input | None) -> None:
+def test_recovery(record: Record, guest: GuestEvidence, transfer: TransferEvidence, expected: Input | None) -> None:
     assert recover(row(record), Evidence(guest=guest, transfer=transfer)) is expected
 
 
 @pytest.mark.parametrize("record", Record)
 @pytest.mark.parametrize("guest", GuestEvidence)
 @pytest.mark.parametrize("transfer", TransferEvidence)
-def test_recovery_only_asks_for_what_the_table_allows(record: Record, guest: G, transfer: T) -> None:
+def test_recovery_only_asks_for_what_the_table_allows(record: Record, guest: GuestEvidence, transfer: TransferEvidence) -> None:
     given_ = recover(row(record), Evidence(guest=guest, transfer=transfer))
     if given_ is not None:
         step(fall_back(record), given_)
@@ -259,7 +259,14 @@ def test_a_cookie_of_wrong_types_is_refused_or_read(cookie: Cookie, key: str, va
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"[" * 60_000, b'{"ferryman":1}', b'{"ferryman":2}', b"x" * (MAX_COOKIE_BYTES + 1), b'{"a":' * 10_000],
+    [
+        b"",
+        b"[" * 60_000,
+        b'{"ferryman":1}',
+        b'{"ferryman":2}',
+        b"x" * (MAX_COOKIE_BYTES + 1),
+        b'{"a":' * 10_000,
+    ],
 )
 def test_hostile_cookies(data: bytes) -> None:
     with pytest.raises(PaperError):

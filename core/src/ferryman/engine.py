@@ -22,6 +22,7 @@ import anyio
 from ferryman.definition import minimal_definition, rename_definition
 from ferryman.errors import (
     DomainBusyError,
+    DomainNotFoundError,
     DomainStateError,
     DriverContractError,
     FerrymanError,
@@ -217,6 +218,7 @@ class _Run:
     confirm_reply: ConfirmReply = field(default_factory=ConfirmReply)
     domain: DomainInfo | None = None
     ran_at: float = 0.0
+    adopted: bool = True
     abort_asked: bool = False
     done: bool = False
 
@@ -738,10 +740,19 @@ class Host:
         return Input.RAN
 
     async def _adopt(self, run: _Run) -> None:
-        if self._hooks.has("migrate_adopt"):
+        """Take the guest in; the claim stands whatever comes of it."""
+        run.adopted = True
+        if not self._hooks.has("migrate_adopt"):
+            return
+        try:
             run.domain = await self._hooks.call(
                 "migrate_adopt", self._finish_request(run, Verdict.RUN), DomainInfo
             )
+        except DomainNotFoundError:
+            _log.warning("domain %s ended right after it had arrived", run.row.name)
+        except FerrymanError as error:
+            run.adopted = False
+            _log.warning("domain %s arrived, but could not be taken in yet: %s", run.row.name, error)
 
     async def _confirm_hook(self, run: _Run, verdict: Verdict) -> None:
         if not self._hooks.has("migrate_confirm"):
@@ -758,6 +769,8 @@ class Host:
         run.confirm_reply = await self._hooks.call("migrate_confirm", request, ConfirmReply)
 
     async def _settle(self, run: _Run) -> None:
+        if not run.adopted:
+            return  # done again by the lease's watch or by the next opening
         run.done = True
         self._runs.pop((run.side, run.row.migration_id), None)
         try:

@@ -381,7 +381,7 @@ class MigrationJob:
         if self._abort_asked.is_set():
             # The proof is given, but nobody has shown it: cancelling lets the destination refuse.
             cookie = _with_kind(cookie, PaperKind.CANCEL)
-        with self._phase(Phase.FINISH, Side.DESTINATION):
+        with self._phase(Phase.FINISH, Side.DESTINATION, guest=GuestState.IN_DOUBT):
             finished = await self._ask(plan, cookie)
         if finished is None:
             # The source goes on asking by itself, and both ends settle it when they can talk.
@@ -390,11 +390,11 @@ class MigrationJob:
 
     async def _confirm(self, plan: Plan, finished: Finished) -> Confirmed:
         claimed = finished.kind is PaperKind.CLAIM
+        owner = GuestState.DESTINATION if claimed else GuestState.SOURCE
         try:
-            with self._phase(Phase.CONFIRM, Side.SOURCE):
+            with self._phase(Phase.CONFIRM, Side.SOURCE, guest=owner):
                 confirmed = await plan.source.host.confirm(finished.cookie)
         except FerrymanError as error:
-            owner = GuestState.DESTINATION if claimed else GuestState.SOURCE
             raise self._failure(Phase.CONFIRM, Side.SOURCE, error, owner) from error
         if confirmed.kind is PaperKind.PENDING:
             raise self._in_doubt(
@@ -526,7 +526,8 @@ class MigrationJob:
         )
 
     @contextmanager
-    def _phase(self, phase: Phase, side: Side) -> Iterator[None]:
+    def _phase(self, phase: Phase, side: Side, *, guest: GuestState = GuestState.SOURCE) -> Iterator[None]:
+        """Tell of a phase; an error that leaves it says where the guest is: ``guest``, unless it knows better."""
         begin_s = anyio.current_time()
         self._emit(PhaseEvent(phase=phase, side=side, ended=False, elapsed_ms=self._elapsed_ms()))
         code: str | None = None
@@ -534,7 +535,6 @@ class MigrationJob:
             yield
         except FerrymanError as error:
             code = error.code
-            guest = GuestState.IN_DOUBT if isinstance(error, InDoubtError) else GuestState.SOURCE
             failure = self._failure(phase, side, error, guest)
             if failure is error:
                 raise
