@@ -157,14 +157,18 @@ RECOVERY = [
 
 
 @pytest.mark.parametrize(("record", "guest", "transfer", "expected"), RECOVERY)
-def test_recovery(record: Record, guest: GuestEvidence, transfer: TransferEvidence, expected: Input | None) -> None:
+def test_recovery(
+    record: Record, guest: GuestEvidence, transfer: TransferEvidence, expected: Input | None
+) -> None:
     assert recover(row(record), Evidence(guest=guest, transfer=transfer)) is expected
 
 
 @pytest.mark.parametrize("record", Record)
 @pytest.mark.parametrize("guest", GuestEvidence)
 @pytest.mark.parametrize("transfer", TransferEvidence)
-def test_recovery_only_asks_for_what_the_table_allows(record: Record, guest: GuestEvidence, transfer: TransferEvidence) -> None:
+def test_recovery_only_asks_for_what_the_table_allows(
+    record: Record, guest: GuestEvidence, transfer: TransferEvidence
+) -> None:
     given_ = recover(row(record), Evidence(guest=guest, transfer=transfer))
     if given_ is not None:
         step(fall_back(record), given_)

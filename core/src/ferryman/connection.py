@@ -90,33 +90,40 @@ class Connection:
         self._bare: dict[DomainUUID, DomainInfo] = {}
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            hooks = await anyio.to_thread.run_sync(open_driver, self.uri)
-            # INVARIANT: two groups, since the engine's tasks end before the journal, and the driver's after its close.
-            tasks = await _enter_tasks(stack)
-            reply = OpenReply()
-            if hooks.has("connection_open"):
-                reply = await hooks.call(
-                    "connection_open", OpenRequest(uri=self.uri, tasks=tasks, emit=self._emit), OpenReply
-                )
-            if hooks.has("connection_close"):
-                stack.push_async_callback(_close_host, hooks)
-            address = reply.address or self.uri.render()
-            path = reply.journal or _default_journal(self.uri.scheme, address)
-            journal = await anyio.to_thread.run_sync(Journal.open, path)
-            stack.callback(journal.close)
-            host = Host(
-                hooks, journal, address=address, peer=_ask_peer, start=_starter(await _enter_tasks(stack))
-            )
-            key = (anyio.lowlevel.current_token(), address)
-            if key not in _open_hosts:
-                _open_hosts[key] = self
-                stack.callback(_open_hosts.pop, key, None)
-            self._hooks, self._host = hooks, host
-            stack.callback(self._closed)
-            await host.recover()
-            self._stack = stack.pop_all()
+        try:
+            await self._open()
+        except BaseException:
+            # Without the exception, which the task groups would wrap in an ExceptionGroup.
+            await self._stack.__aexit__(None, None, None)
+            raise
         return self
+
+    async def _open(self) -> None:
+        stack = self._stack = AsyncExitStack()
+        hooks = await anyio.to_thread.run_sync(open_driver, self.uri)
+        # INVARIANT: two groups, since the engine's tasks end before the journal, and the driver's after its close.
+        tasks = await _enter_tasks(stack)
+        reply = OpenReply()
+        if hooks.has("connection_open"):
+            reply = await hooks.call(
+                "connection_open", OpenRequest(uri=self.uri, tasks=tasks, emit=self._emit), OpenReply
+            )
+        if hooks.has("connection_close"):
+            stack.push_async_callback(_close_host, hooks)
+        address = reply.address or self.uri.render()
+        path = reply.journal or _default_journal(self.uri.scheme, address)
+        journal = await anyio.to_thread.run_sync(Journal.open, path)
+        stack.callback(journal.close)
+        host = Host(
+            hooks, journal, address=address, peer=_ask_peer, start=_starter(await _enter_tasks(stack))
+        )
+        key = (anyio.lowlevel.current_token(), address)
+        if key not in _open_hosts:
+            _open_hosts[key] = self
+            stack.callback(_open_hosts.pop, key, None)
+        self._hooks, self._host = hooks, host
+        stack.callback(self._closed)
+        await host.recover()
 
     async def __aexit__(self, *exc_info: object) -> None:
         # The block's own exception stays out of the task groups, which would wrap it in an ExceptionGroup.

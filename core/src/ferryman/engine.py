@@ -218,6 +218,8 @@ class _Run:
     confirm_reply: ConfirmReply = field(default_factory=ConfirmReply)
     domain: DomainInfo | None = None
     ran_at: float = 0.0
+    sending: anyio.Event = field(default_factory=anyio.Event)
+    """Set when the transfer begins, and when it will never begin."""
     adopted: bool = True
     abort_asked: bool = False
     done: bool = False
@@ -436,6 +438,8 @@ class Host:
         :raises DomainStateError: no transfer of that migration runs here.
         """
         run = self._runs.get((Side.SOURCE, migration_id))
+        if run is not None and run.state in (State.BEGUN, State.HANDING):
+            await run.sending.wait()
         if run is None or run.transfer is None:
             raise DomainStateError(
                 f"migration {migration_id} is not sending, so there is nothing to change",
@@ -699,6 +703,7 @@ class Host:
         try:
             with anyio.CancelScope() as scope:
                 run.transfer = scope
+                run.sending.set()
                 if run.abort_asked:
                     scope.cancel()
                 run.transfer_reply = await self._hooks.call("migrate_perform", request, PerformReply)
@@ -772,6 +777,7 @@ class Host:
         if not run.adopted:
             return  # done again by the lease's watch or by the next opening
         run.done = True
+        run.sending.set()
         self._runs.pop((run.side, run.row.migration_id), None)
         try:
             await self._journal.settle(run.row)

@@ -124,6 +124,7 @@ class QemuDriver:
         self._guests: dict[DomainUUID, Guest] = {}
         self._receivers: dict[MigrationId, Guest] = {}
         self._reserved: dict[DomainUUID, str] = {}
+        self._transfers: dict[MigrationId, Transfer] = {}
 
     # The host
 
@@ -524,7 +525,12 @@ class QemuDriver:
                 evidence_missing="the destination's word",
                 side=Side.SOURCE,
             )
-        return await Transfer(guest, request, self._tasks).run()
+        transfer = self._transfers[request.id] = Transfer(guest, request, self._tasks)
+        try:
+            return await transfer.run()
+        finally:
+            transfer.begun.set()
+            del self._transfers[request.id]
 
     @hookimpl
     async def migrate_confirm(self, request: ConfirmRequest) -> ConfirmReply:
@@ -560,6 +566,10 @@ class QemuDriver:
             wanted["max-bandwidth"] = request.tuning.bandwidth_bytes_per_s
         if request.tuning.max_downtime_ms is not None:
             wanted["downtime-limit"] = request.tuning.max_downtime_ms
+        transfer = self._transfers.get(request.id)
+        if transfer is not None:
+            # Not before the transfer's own settings, which would undo this one.
+            await transfer.begun.wait()
         if wanted:
             await guest.command("migrate-set-parameters", wanted)
 

@@ -68,6 +68,7 @@ class Transfer:
         self._stopped_at: float | None = None
         self._was_running = False
         self._sample_wanted = anyio.Event()
+        self.begun = anyio.Event()
 
     async def run(self) -> PerformReply:
         """Send, and return with the proof of stop.
@@ -102,6 +103,7 @@ class Transfer:
             ) from error
         with stream:
             await self._migrate(stream)
+        self.begun.set()
 
     async def _migrate(self, stream: socket.socket) -> None:
         guest, options = self._guest, self._request.options
