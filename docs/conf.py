@@ -2,6 +2,9 @@
 
 import logging
 from importlib.metadata import version as distribution_version
+from pathlib import Path
+
+from ferryman.handover import TABLE
 
 project = "Ferryman"
 author = "The Ferryman authors"
@@ -9,7 +12,7 @@ project_copyright = "The Ferryman authors"
 release = version = distribution_version("ferryman")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "reference/_table.rst"]
 html_theme = "furo"
 html_title = "Ferryman"
 html_copy_source = False
@@ -27,3 +30,30 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
 )
 # References into other projects would need their inventories from the network: only our own names are checked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!ferryman).*")]
+
+
+def _write_table() -> None:
+    """Write the transition table as a page's part, so that it is always the one that runs."""
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    rows = [("state", "input", "record written first", "then", "answer", "state after")]
+    for (state, given), step in TABLE.items():
+        actions = ", ".join(action.value for action in step.actions)
+        rows.append(
+            (
+                state.value,
+                given.value,
+                step.record.value if step.record else "-",
+                actions or "-",
+                step.answer.value if step.answer else "-",
+                step.state.value,
+            )
+        )
+    for row in rows:
+        lines += [f"   {'* -' if number == 0 else '  -'} {cell}" for number, cell in enumerate(row)]
+    text = "\n".join(lines) + "\n"
+    path = Path(__file__).parent / "reference" / "_table.rst"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+_write_table()

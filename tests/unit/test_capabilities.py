@@ -638,7 +638,7 @@ def test_documents_just_below_the_cap_take_bounded_time(filler: str) -> None:
 WRONG_FIELDS: dict[str, list[Any]] = {
     "scheme": [None, 1, b"qemu", "", "Qemu", "1q", "q_q", "qemu\n", "q" * 65, "qemu+ssh", "é"],
     "hypervisor": [None, 1, "", " ", " QEMU", "QEMU ", "Q\nU", "Q\tU", "Q\x00", "\ud800", "é", "Q" * 257],
-    "version": [None, 7, "7.2", [7, 2], (), (7.2,), (True,), (-1,), ("7",), (10**9,), (1,) * 9, (10**5000,)],
+    "version": [None, 7, "7.2", [7, 2], (), (7.2,), (True,), (-1,), ("7",), (10**9,), (1,) * 9, (10**4000,)],
     "arch": [None, 64, "", "x86 64", "_x", "x" * 129, "<x>"],
     "host_uuid": [
         None,
@@ -650,7 +650,7 @@ WRONG_FIELDS: dict[str, list[Any]] = {
     ],
     "cpu_model": [None, 1, " ", "EPYC ", "\u2122", "E" * 257],
     "machines": [None, "pc", ["pc"], {"pc"}, ("",), (1,), (None,), ("pc", "pc"), ("a b",), (["pc"],)],
-    "memory_bytes": ["1", 1.0, True, 0, -1, 1 << 63, 10**5000],
+    "memory_bytes": ["1", 1.0, True, 0, -1, 1 << 63, 10**4000],
     "features": [None, "live", {Feature.LIVE}, (Feature.LIVE,), frozenset({"live"}), frozenset({None})],
     "uri_transports": [None, "tcp", ["tcp"], ("TCP",), ("",), (1,), ("tcp", "tcp"), ("tcp://",)],
     "domain_types": [None, "qemu", ["qemu"], ("",), ("KVM",), (None,), ("qemu", "qemu")],

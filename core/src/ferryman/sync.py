@@ -92,7 +92,7 @@ def connect(uri: str | ConnectionURI) -> Connection:
 
 
 class Connection:
-    """See :class:`ferryman.Connection`."""
+    """See :class:`ferryman.connection.Connection`."""
 
     def __init__(self, connection: _async.Connection) -> None:
         self._connection = connection
@@ -117,32 +117,32 @@ class Connection:
         return self._connection.address
 
     def capabilities(self) -> Capabilities:
-        """See :meth:`ferryman.Connection.capabilities`."""
+        """See :meth:`ferryman.connection.Connection.capabilities`."""
         return self._call(self._connection.capabilities)
 
     def list_domains(self) -> list[Domain]:
-        """See :meth:`ferryman.Connection.list_domains`."""
+        """See :meth:`ferryman.connection.Connection.list_domains`."""
         return [Domain(self, domain) for domain in self._call(self._connection.list_domains)]
 
     def lookup_by_name(self, name: str) -> Domain:
-        """See :meth:`ferryman.Connection.lookup_by_name`."""
+        """See :meth:`ferryman.connection.Connection.lookup_by_name`."""
         return Domain(self, self._call(partial(self._connection.lookup_by_name, name)))
 
     def lookup_by_uuid(self, uuid: str) -> Domain:
-        """See :meth:`ferryman.Connection.lookup_by_uuid`."""
+        """See :meth:`ferryman.connection.Connection.lookup_by_uuid`."""
         return Domain(self, self._call(partial(self._connection.lookup_by_uuid, uuid)))
 
     def define(self, definition: str) -> Domain:
-        """See :meth:`ferryman.Connection.define`."""
+        """See :meth:`ferryman.connection.Connection.define`."""
         return Domain(self, self._call(partial(self._connection.define, definition)))
 
     def create(self, definition: str, *, paused: bool = False) -> Domain:
-        """See :meth:`ferryman.Connection.create`."""
+        """See :meth:`ferryman.connection.Connection.create`."""
         return Domain(self, self._call(partial(self._connection.create, definition, paused=paused)))
 
     @contextmanager
     def events(self) -> Iterator[Iterator[DomainEvent]]:
-        """See :meth:`ferryman.Connection.events`; the iterator blocks for the next event."""
+        """See :meth:`ferryman.connection.Connection.events`; the iterator blocks for the next event."""
         listening = self._connection.events()
         stream = self._call(partial(_in_loop, listening.__enter__))
         try:
@@ -151,7 +151,7 @@ class Connection:
             self._call(partial(_in_loop, partial(listening.__exit__, None, None, None)))
 
     def open_migrations(self) -> list[MigrationRow]:
-        """See :meth:`ferryman.Connection.open_migrations`."""
+        """See :meth:`ferryman.connection.Connection.open_migrations`."""
         return self._connection.open_migrations()
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
@@ -170,7 +170,7 @@ class Connection:
 
 
 class Domain:
-    """See :class:`ferryman.Domain`."""
+    """See :class:`ferryman.connection.Domain`."""
 
     def __init__(self, connection: Connection, domain: _async.Domain) -> None:
         self.connection = connection
@@ -182,48 +182,48 @@ class Domain:
         return repr(self._domain)
 
     def info(self) -> DomainInfo:
-        """See :meth:`ferryman.Domain.info`."""
+        """See :meth:`ferryman.connection.Domain.info`."""
         return self._call(self._domain.info)
 
     def definition(self) -> str:
-        """See :meth:`ferryman.Domain.definition`."""
+        """See :meth:`ferryman.connection.Domain.definition`."""
         return self._call(self._domain.definition)
 
     def statistics(self) -> DomainStatistics:
-        """See :meth:`ferryman.Domain.statistics`."""
+        """See :meth:`ferryman.connection.Domain.statistics`."""
         return self._call(self._domain.statistics)
 
     def start(self, *, paused: bool = False) -> None:
-        """See :meth:`ferryman.Domain.start`."""
+        """See :meth:`ferryman.connection.Domain.start`."""
         self._call(partial(self._domain.start, paused=paused))
 
     def suspend(self) -> None:
-        """See :meth:`ferryman.Domain.suspend`."""
+        """See :meth:`ferryman.connection.Domain.suspend`."""
         self._call(self._domain.suspend)
 
     def resume(self) -> None:
-        """See :meth:`ferryman.Domain.resume`."""
+        """See :meth:`ferryman.connection.Domain.resume`."""
         self._call(self._domain.resume)
 
     def shutdown(self) -> None:
-        """See :meth:`ferryman.Domain.shutdown`."""
+        """See :meth:`ferryman.connection.Domain.shutdown`."""
         self._call(self._domain.shutdown)
 
     def destroy(self) -> None:
-        """See :meth:`ferryman.Domain.destroy`."""
+        """See :meth:`ferryman.connection.Domain.destroy`."""
         self._call(self._domain.destroy)
 
     def undefine(self) -> None:
-        """See :meth:`ferryman.Domain.undefine`."""
+        """See :meth:`ferryman.connection.Domain.undefine`."""
         self._call(self._domain.undefine)
 
     def plan_migration(self, destination: Connection, options: MigrationOptions | None = None) -> Plan:
-        """See :meth:`ferryman.Domain.plan_migration`."""
+        """See :meth:`ferryman.connection.Domain.plan_migration`."""
         plan = self._call(partial(self._domain.plan_migration, destination._connection, options))
         return Plan(self.connection, plan)
 
     def migrate(self, destination: Connection, options: MigrationOptions | None = None) -> MigrationJob:
-        """See :meth:`ferryman.Domain.migrate`; ``result()`` runs it, or enter it with ``with`` to watch and steer."""
+        """See :meth:`ferryman.connection.Domain.migrate`; ``result()`` runs it, or enter it with ``with`` to watch and steer."""
         return MigrationJob(self.connection, partial(self._domain.migrate, destination._connection, options))
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
@@ -231,7 +231,7 @@ class Domain:
 
 
 class Plan:
-    """See :class:`ferryman.Plan`."""
+    """See :class:`ferryman.plan.Plan`."""
 
     def __init__(self, connection: Connection, plan: _plan.Plan) -> None:
         self._connection = connection
@@ -246,16 +246,16 @@ class Plan:
         self.dropped: tuple[str, ...] = plan.dropped
 
     def explain(self) -> str:
-        """See :meth:`ferryman.Plan.explain`."""
+        """See :meth:`ferryman.plan.Plan.explain`."""
         return self._plan.explain()
 
     def execute(self) -> MigrationJob:
-        """See :meth:`ferryman.Plan.execute`."""
+        """See :meth:`ferryman.plan.Plan.execute`."""
         return MigrationJob(self._connection, self._plan.execute)
 
 
 class MigrationJob:
-    """See :class:`ferryman.MigrationJob`."""
+    """See :class:`ferryman.migration.MigrationJob`."""
 
     def __init__(self, connection: Connection, make: Callable[[], _migration.MigrationJob]) -> None:
         self._connection = connection
@@ -283,30 +283,30 @@ class MigrationJob:
         self._entered.__exit__(kind, error, trace)
 
     def result(self) -> MigrationResult:
-        """See :meth:`ferryman.MigrationJob.result`; a job that was not entered is run through."""
+        """See :meth:`ferryman.migration.MigrationJob.result`; a job that was not entered is run through."""
         if self._job is None:
             with self:
                 return self.result()
         return self._connection._call(self._job.result)
 
     def progress(self) -> Iterator[MigrationEvent]:
-        """See :meth:`ferryman.MigrationJob.progress`; the iterator blocks for the next event."""
+        """See :meth:`ferryman.migration.MigrationJob.progress`; the iterator blocks for the next event."""
         return self._connection._iterate(self._running().progress())
 
     def abort(self) -> None:
-        """See :meth:`ferryman.MigrationJob.abort`."""
+        """See :meth:`ferryman.migration.MigrationJob.abort`."""
         self._connection._call(partial(_in_loop, self._running().abort))
 
     def set_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
-        """See :meth:`ferryman.MigrationJob.set_bandwidth`."""
+        """See :meth:`ferryman.migration.MigrationJob.set_bandwidth`."""
         self._connection._call(partial(self._running().set_bandwidth, bandwidth_bytes_per_s))
 
     def set_max_downtime(self, max_downtime_ms: int) -> None:
-        """See :meth:`ferryman.MigrationJob.set_max_downtime`."""
+        """See :meth:`ferryman.migration.MigrationJob.set_max_downtime`."""
         self._connection._call(partial(self._running().set_max_downtime, max_downtime_ms))
 
     def switch_to_postcopy(self) -> None:
-        """See :meth:`ferryman.MigrationJob.switch_to_postcopy`."""
+        """See :meth:`ferryman.migration.MigrationJob.switch_to_postcopy`."""
         self._connection._call(self._running().switch_to_postcopy)
 
     def _running(self) -> _migration.MigrationJob:
