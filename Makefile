@@ -35,7 +35,7 @@ spelling: setup-check ## check the spelling
 	$(BIN)/codespell
 
 docs: setup-docs ## build the documentation into docs/_build/html
-	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -E -a -n -W -q -b html docs docs/_build/html
 
 bench: ## measure migrations, and those of others
 	$(SETUP) bench
