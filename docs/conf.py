@@ -29,7 +29,10 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
     lambda record: getattr(record, "subtype", None) != "empty_glob"
 )
 # References into other projects would need their inventories from the network: only our own names are checked.
-nitpick_ignore_regex = [(r"py:.*", r"(?!ferryman).*"), (r"py:class", r"ferryman\.(registry\.Hooks|engine\.Host)")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!ferryman).*"),
+    (r"py:class", r"ferryman\.(registry\.Hooks|engine\.Host)"),
+]
 # The blocking face has the same names as the asynchronous one.
 suppress_warnings = ["ref.python"]
 

@@ -1,11 +1,13 @@
-; The counter guest: one boot sector for a PC BIOS. It counts timer ticks, prints them on COM1, rewrites memory by a rule that can
-; be checked from outside, and halts in between.
+; The counter guest: one boot sector for a PC BIOS. It counts timer ticks, prints them on COM1, rewrites
+; memory by a rule that can be checked from outside, and halts in between.
 ;
 ;     nasm -f bin -o counter.bin counter.asm
 ;
-; counter.py carries the assembled bytes, writes the parameter block into them, and checks memory by the same rule.
+; counter.py carries the assembled bytes, writes the parameter block into them, and checks memory by the
+; same rule.
 ;
-; Where things are, as physical addresses (the code runs in flat 32-bit protected mode without paging, so linear is physical):
+; Where things are, as physical addresses (the code runs in flat 32-bit protected mode without paging, so
+; linear is physical):
 ;
 ;     0x5000  interrupt descriptor table, 33 gates, of which only the last (vector 0x20, IRQ 0) is present
 ;     0x6000  tick   u32, incremented on every timer interrupt, before it is printed
@@ -13,16 +15,16 @@
 ;     0x7c00  this sector; the stack grows down from here
 ;     0x7da0  parameter block (offset 0x1a0 in the sector), see the end of this file
 ;
-; The rule of memory. Step s fills page (base + (s mod page_count) * 4096) with the little-endian u32 s, from its first byte to its
-; last, and only then increments the step counter. So while the counter says s, page i holds wholly the largest k < s with
-; k = i (mod page_count), or zeros if there is none, except page (s mod page_count), which is s up to some place and its older
-; content from there on.
+; The rule of memory. Step s fills page (base + (s mod page_count) * 4096) with the little-endian u32 s,
+; from its first byte to its last, and only then increments the step counter. So while the counter says s,
+; page i holds wholly the largest k < s with k = i (mod page_count), or zeros if there is none, except page
+; (s mod page_count), which is s up to some place and its older content from there on.
 ;
-; The rule holds for 2^32 steps (16 TiB of writing); then the step counter wraps and the order of the pages with it, unless page_count
-; is a power of two.
+; The rule holds for 2^32 steps (16 TiB of writing); then the step counter wraps and the order of the pages
+; with it, unless page_count is a power of two.
 ;
-; Interrupts are enabled only at hlt. A tick that comes while pages are being filled waits in the interrupt controller; further
-; ones merge with it, so an overloaded guest ticks late, and never skips a number.
+; Interrupts are enabled only at hlt. A tick that comes while pages are being filled waits in the interrupt
+; controller; further ones merge with it, so an overloaded guest ticks late, and never skips a number.
 
 TICK            equ 0x6000
 STEP            equ 0x6004

@@ -15,8 +15,6 @@ from ferryman.handover import (
     TABLE,
     Action,
     Cookie,
-    Evidence,
-    GuestEvidence,
     Input,
     MigrationRow,
     OutOfOrderError,
@@ -25,7 +23,6 @@ from ferryman.handover import (
     Receipt,
     Record,
     State,
-    TransferEvidence,
     admit_answer,
     admit_question,
     decode_cookie,
@@ -34,7 +31,7 @@ from ferryman.handover import (
     recover,
     step,
 )
-from ferryman.types import DomainUUID, MigrationId, Side
+from ferryman.types import DomainUUID, Evidence, GuestEvidence, MigrationId, Side, TransferEvidence
 
 ID = MigrationId("0123456789abcdef0123456789abcdef")
 RECEIPT = Receipt(journal_id="aa" * 16, sequence=7)

@@ -47,7 +47,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, assert_never
 
 from ferryman.errors import PaperError
-from ferryman.types import DomainUUID, MigrationId, Side
+from ferryman.types import DomainUUID, Evidence, GuestEvidence, MigrationId, Side, TransferEvidence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -402,36 +402,6 @@ def admit_answer(row: MigrationRow, paper: Paper, *, newest: bool) -> Input | No
             return Input.REFUSAL
         case _:
             return None
-
-
-class GuestEvidence(Enum):
-    """What the hypervisor says of the guest's process that a row names."""
-
-    RUNNING = "running"
-    STOPPED = "stopped"
-    """It stands still, and nothing says that it ever ran here."""
-    HALTED = "halted"
-    """It stands still in a state that a guest reaches by running: panicked, shut down, failed by its disk."""
-    GONE = "gone"
-    UNKNOWN = "unknown"
-
-
-class TransferEvidence(Enum):
-    """What the hypervisor says of the transfer that a source's row is about."""
-
-    NONE = "none"
-    ACTIVE = "active"
-    FAILED = "failed"
-    COMPLETED = "completed"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
-    """The hypervisor's word, gathered now, about the process that a row names."""
-
-    guest: GuestEvidence
-    transfer: TransferEvidence = TransferEvidence.UNKNOWN
 
 
 def recover(row: MigrationRow, evidence: Evidence) -> Input | None:

@@ -50,6 +50,7 @@ from ferryman.types import (
     DomainInfo,
     DomainStatistics,
     DomainUUID,
+    Evidence,
     Finding,
     MigrationEvent,
     MigrationId,
@@ -66,7 +67,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from ferryman.capabilities import Capabilities
-    from ferryman.handover import Evidence
     from ferryman.plan import Plan
     from ferryman.uri import ConnectionURI
 

@@ -223,7 +223,7 @@ class Domain:
         return Plan(self.connection, plan)
 
     def migrate(self, destination: Connection, options: MigrationOptions | None = None) -> MigrationJob:
-        """See :meth:`ferryman.connection.Domain.migrate`; ``result()`` runs it, or enter it with ``with`` to watch and steer."""
+        """See :meth:`ferryman.connection.Domain.migrate`; ``result()`` runs it."""
         return MigrationJob(self.connection, partial(self._domain.migrate, destination._connection, options))
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:

@@ -116,6 +116,36 @@ class FindingSeverity(Enum):
     WARNING = "warning"
 
 
+class GuestEvidence(Enum):
+    """What the hypervisor says of the guest's process that a row names."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    """It stands still, and nothing says that it ever ran here."""
+    HALTED = "halted"
+    """It stands still in a state that a guest reaches by running: panicked, shut down, failed by its disk."""
+    GONE = "gone"
+    UNKNOWN = "unknown"
+
+
+class TransferEvidence(Enum):
+    """What the hypervisor says of the transfer that a source's row is about."""
+
+    NONE = "none"
+    ACTIVE = "active"
+    FAILED = "failed"
+    COMPLETED = "completed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """The hypervisor's word, gathered now, about the process that a row names."""
+
+    guest: GuestEvidence
+    transfer: TransferEvidence = TransferEvidence.UNKNOWN
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """One thing that the plan found, with its remedy.

@@ -26,7 +26,6 @@ from ferryman.errors import (
     PerformError,
     PrepareError,
 )
-from ferryman.handover import Evidence, GuestEvidence, TransferEvidence
 from ferryman.hookspecs import (
     AbortRequest,
     BeginReply,
@@ -61,11 +60,14 @@ from ferryman.types import (
     DomainState,
     DomainStatistics,
     DomainUUID,
+    Evidence,
     Feature,
     Finding,
     FindingSeverity,
+    GuestEvidence,
     GuestState,
     Side,
+    TransferEvidence,
     TransferStatistics,
 )
 from ferryman.uri import MigrationURI

@@ -423,8 +423,6 @@ def _path(element: Any) -> str:
 
 def pin(machine: Machine, *, machine_type: str, cpu: str) -> Machine:
     """Fix machine type and CPU model in the definition, so that every later start and every host builds the same."""
-    from lxml import etree
-
     root: Any = copy.deepcopy(machine.definition.root)
     os_type = root.find("os/type")
     os_type.set("machine", machine_type)
@@ -432,17 +430,23 @@ def pin(machine: Machine, *, machine_type: str, cpu: str) -> Machine:
 
     element = root.find("cpu")
     if element is None:
-        element = etree.SubElement(root, "cpu")
+        element = _child(root, "cpu")
     if cpu not in ("max", "host"):
         element.attrib.clear()
         element.set("mode", "custom")
         model = element.find("model")
         if model is None:
-            model = etree.SubElement(element, "model")
+            model = _child(element, "model")
         model.text = cpu
     elif "mode" not in element.attrib:
         element.set("mode", "maximum")
     return replace(_read(from_root(root)), machine=machine_type, cpu=cpu)
+
+
+def _child(parent: Any, tag: str) -> Any:
+    child = parent.makeelement(tag)
+    parent.append(child)
+    return child
 
 
 def _option(text: str) -> str:

@@ -29,7 +29,6 @@ from ferryman.errors import (
     InDoubtError,
     PrepareError,
 )
-from ferryman.handover import Evidence, GuestEvidence, TransferEvidence
 from ferryman.hookspecs import (
     AbortRequest,
     BeginReply,
@@ -62,11 +61,14 @@ from ferryman.types import (
     DomainState,
     DomainStatistics,
     DomainUUID,
+    Evidence,
     Feature,
     Finding,
     FindingSeverity,
+    GuestEvidence,
     MigrationId,
     Side,
+    TransferEvidence,
     TransferStatistics,
 )
 from ferryman.uri import MigrationURI
