@@ -169,6 +169,9 @@ async def machine(monitors: int = 1) -> AsyncIterator[Machine]:
             for index, path in enumerate(paths):
                 listener = socket.socket(socket.AF_UNIX)
                 listeners.append(listener)
+                # Two threads of a starting QEMU may accept the same connection; on a blocking socket the one that
+                # comes too late sleeps in accept for ever, and when that is the main thread, so does its main loop.
+                listener.setblocking(False)
                 listener.bind(path)
                 listener.listen(1)
                 streams.append(await anyio.connect_unix(path))

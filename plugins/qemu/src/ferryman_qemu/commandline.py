@@ -17,7 +17,7 @@ from ferryman.definition import definition_error, from_root, parse_definition
 from ferryman.errors import DefinitionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from ferryman.definition import Definition
 
@@ -90,12 +90,12 @@ def _read(definition: Definition) -> Machine:
     reader.children(
         root,
         {
-            "name": _ignore,
-            "uuid": _ignore,
-            "title": _ignore,
-            "description": _ignore,
+            "name": _text,
+            "uuid": _text,
+            "title": _text,
+            "description": _text,
             "metadata": _ignore,
-            "memory": _ignore,
+            "memory": lambda e: _text(e, {"unit"}),
             "currentMemory": reader.current_memory,
             "vcpu": reader.vcpu,
             "os": reader.os,
@@ -109,6 +109,8 @@ def _read(definition: Definition) -> Machine:
         },
     )
     _attributes(root, {"type"}, {"id"})
+    if root.find("os") is None:
+        raise definition_error(root, "<domain> has no <os>: write <os><type>hvm</type></os>")
     return reader.machine
 
 
@@ -136,14 +138,20 @@ class _Reader:
             random=False,
         )
 
-    def children(self, parent: Any, readers: Mapping[str, Any]) -> None:
-        """Read each child by its reader; a child without one is refused."""
+    def children(self, parent: Any, readers: Mapping[str, Any], *, many: Container[str] = ()) -> None:
+        """Read each child by its reader; one without a reader is refused, and a second one that is not of ``many``."""
+        seen: set[str] = set()
         for child in parent:
             reader = readers.get(child.tag)
             if reader is None:
                 raise definition_error(
                     child, f"<{child.tag}> in <{parent.tag}> is not understood by this driver: remove it"
                 )
+            if child.tag in seen and child.tag not in many:
+                raise definition_error(
+                    child, f"<{parent.tag}> has a second <{child.tag}>, and this driver takes one: remove it"
+                )
+            seen.add(child.tag)
             reader(child)
 
     def set(self, **values: Any) -> None:
@@ -152,7 +160,7 @@ class _Reader:
     def current_memory(self, element: Any) -> None:
         root: Any = copy.deepcopy(self.machine.definition.root)
         memory = root.find("memory")
-        memory.text = _text(element)
+        memory.text = _text(element, {"unit"})
         memory.set("unit", element.get("unit", "KiB"))
         if from_root(root).memory_bytes != self.machine.definition.memory_bytes:
             raise definition_error(
@@ -160,7 +168,7 @@ class _Reader:
             )
 
     def vcpu(self, element: Any) -> None:
-        _attributes(element, set(), {"placement"})
+        _text(element, {"placement"})
         if element.get("placement", "static") != "static":
             raise definition_error(
                 element, f"vcpu placement {element.get('placement')!r} is not understood: use static"
@@ -175,8 +183,8 @@ class _Reader:
                 "kernel": lambda e: self.set(kernel=_path(e)),
                 "initrd": lambda e: self.set(initrd=_path(e)),
                 "cmdline": lambda e: self.set(cmdline=_text(e)),
-                "boot": lambda e: self.set(boot=_choice(e, "dev", ("hd", "network", "cdrom"))),
-                "bootmenu": lambda e: self.set(boot_menu=_switch(e, "enable")),
+                "boot": self.boot,
+                "bootmenu": self.bootmenu,
             },
         )
         if element.find("type") is None:
@@ -184,10 +192,18 @@ class _Reader:
         if (self.machine.initrd or self.machine.cmdline) and not self.machine.kernel:
             raise definition_error(element, "<initrd> and <cmdline> need a <kernel>")
 
+    def boot(self, element: Any) -> None:
+        _leaf(element, {"dev"})
+        self.set(boot=_choice(element, "dev", ("hd", "network", "cdrom")))
+
+    def bootmenu(self, element: Any) -> None:
+        _leaf(element, {"enable"})
+        self.set(boot_menu=_switch(element, "enable"))
+
     def os_type(self, element: Any) -> None:
-        _attributes(element, set(), {"arch", "machine"})
-        if _text(element) != "hvm":
-            raise definition_error(element, f"an os of type {_text(element)!r} is not QEMU's: use hvm")
+        text = _text(element, {"arch", "machine"})
+        if text != "hvm":
+            raise definition_error(element, f"an os of type {text!r:.40} is not QEMU's: use hvm")
         if element.get("arch", "x86_64") != "x86_64":
             raise definition_error(
                 element, f"the architecture {element.get('arch')!r} is not supported: use x86_64"
@@ -196,7 +212,11 @@ class _Reader:
 
     def features(self, element: Any) -> None:
         _attributes(element)
-        self.children(element, {"acpi": lambda _e: self.set(acpi=True), "apic": _ignore, "pae": _ignore})
+        self.children(element, {"acpi": self.acpi, "apic": _leaf, "pae": _leaf})
+
+    def acpi(self, element: Any) -> None:
+        _leaf(element)
+        self.set(acpi=True)
 
     def cpu(self, element: Any) -> None:
         _attributes(element, set(), {"mode", "match", "check", "migratable"})
@@ -223,10 +243,10 @@ class _Reader:
     def clock(self, element: Any) -> None:
         _attributes(element, set(), {"offset"})
         self.set(utc=_choice(element, "offset", ("utc", "localtime"), default="utc") == "utc")
-        self.children(element, {"timer": self.timer})
+        self.children(element, {"timer": self.timer}, many={"timer"})
 
     def timer(self, element: Any) -> None:
-        _attributes(element, {"name"}, {"present", "tickpolicy"})
+        _leaf(element, {"name"}, {"present", "tickpolicy"})
         if element.get("name") == "hpet" and "tickpolicy" not in element.attrib:
             self.set(hpet=_switch(element, "present"))
         else:
@@ -244,10 +264,15 @@ class _Reader:
                 "serial": self.serial,
                 "console": self.console,
                 "controller": self.controller,
-                "memballoon": lambda e: self.set(balloon=_choice(e, "model", ("virtio", "none")) == "virtio"),
+                "memballoon": self.memballoon,
                 "rng": self.rng,
             },
+            many={"disk", "serial", "console", "controller"},
         )
+
+    def memballoon(self, element: Any) -> None:
+        _leaf(element, {"model"})
+        self.set(balloon=_choice(element, "model", ("virtio", "none")) == "virtio")
 
     def disk(self, element: Any) -> None:
         _attributes(element, {"type"}, {"device"})
@@ -255,7 +280,7 @@ class _Reader:
         found: dict[str, Any] = {"format": "raw", "cache": "default", "path": "", "target": "", "bus": ""}
 
         def driver(e: Any) -> None:
-            _attributes(e, set(), {"name", "type", "cache"})
+            _leaf(e, set(), {"name", "type", "cache"})
             _choice(e, "name", ("qemu",), default="qemu")
             found["format"] = _choice(e, "type", ("raw", "qcow2"), default="raw")
             found["cache"] = _choice(
@@ -267,11 +292,11 @@ class _Reader:
 
         def source(e: Any) -> None:
             attribute = {"file": "file", "block": "dev"}[kind]
-            _attributes(e, {attribute})
+            _leaf(e, {attribute})
             found["path"] = _absolute(e, e.get(attribute))
 
         def target(e: Any) -> None:
-            _attributes(e, {"dev"}, {"bus"})
+            _leaf(e, {"dev"}, {"bus"})
             found["target"] = _word(e, e.get("dev"), "disk target")
             found["bus"] = _choice(
                 e, "bus", ("virtio", "ide"), default="virtio" if e.get("dev", "").startswith("vd") else "ide"
@@ -279,7 +304,7 @@ class _Reader:
 
         self.children(
             element,
-            {"driver": driver, "source": source, "target": target, "readonly": _ignore, "shareable": _ignore},
+            {"driver": driver, "source": source, "target": target, "readonly": _leaf, "shareable": _leaf},
         )
         for name, needed in (("path", "source"), ("target", "target")):
             if not found[name]:
@@ -302,7 +327,7 @@ class _Reader:
         found: dict[str, Any] = {"kind": kind}
 
         def source(e: Any) -> None:
-            _attributes(e, {"path"}, {"mode", "append"})
+            _leaf(e, {"path"}, {"mode", "append"})
             if kind not in ("unix", "file"):
                 raise definition_error(e, f"a serial port of type {kind} has no <source>")
             found["path"] = _absolute(e, e.get("path"))
@@ -310,7 +335,7 @@ class _Reader:
             found["append"] = _switch(e, "append") if e.get("append") else False
 
         def target(e: Any) -> None:
-            _attributes(e, set(), {"port", "type"})
+            _leaf(e, set(), {"port", "type"})
             if e.get("port", str(len(self.machine.serials))) != str(len(self.machine.serials)):
                 raise definition_error(e, "serial ports are numbered in their order, from 0")
 
@@ -330,7 +355,18 @@ class _Reader:
                 element, f"a console of type {target.get('type')!r} is not supported: use serial"
             )
         if not self.machine.serials:
-            self.set(serials=(CharacterDevice(kind="pty"),))
+            self.serial(element)
+            return
+        _attributes(element, {"type"})
+        kind = self.machine.serials[0].kind
+        if element.get("type") != kind:
+            raise definition_error(
+                element,
+                f"a console of type {element.get('type')!r:.40} cannot repeat a serial port of type {kind}: make"
+                " them equal, or remove it",
+            )
+        # What it is connected to repeats the serial port too, and that is read there.
+        self.children(element, {"source": _ignore, "target": lambda e: _leaf(e, set(), {"port", "type"})})
 
     def controller(self, element: Any) -> None:
         _attributes(element, {"type"}, {"model", "index"})
@@ -342,13 +378,15 @@ class _Reader:
         self.children(element, {})
 
     def rng(self, element: Any) -> None:
+        _attributes(element, {"model"})
         _choice(element, "model", ("virtio",))
-        backend = element.find("backend")
-        if (
-            backend is None
-            or backend.get("model") != "random"
-            or (backend.text or "").strip() != "/dev/urandom"
-        ):
+        found = []
+
+        def backend(e: Any) -> None:
+            found.append((_text(e, {"model"}), e.get("model")))
+
+        self.children(element, {"backend": backend})
+        if found != [("/dev/urandom", "random")]:
             raise definition_error(
                 element, "a random generator needs <backend model='random'>/dev/urandom</backend>"
             )
@@ -362,10 +400,22 @@ def _ignore(_element: Any) -> None:
     """An element that says nothing to the machine."""
 
 
-def _text(element: Any) -> str:
+def _text(element: Any, allowed: Iterable[str] = ()) -> str:
+    """The text of an element that holds nothing else, but for some attributes."""
+    _attributes(element, (), allowed)
     if len(element):
         raise definition_error(element[0], f"<{element.tag}> holds a text, not <{element[0].tag}>")
     return (element.text or "").strip()
+
+
+def _leaf(element: Any, needed: Iterable[str] = (), allowed: Iterable[str] = ()) -> None:
+    """Make sure that an element holds some attributes and nothing else."""
+    _attributes(element, needed, allowed)
+    if len(element):
+        raise definition_error(
+            element[0],
+            f"<{element[0].tag}> in <{element.tag}> is not understood by this driver: remove it",
+        )
 
 
 def _attributes(element: Any, needed: Iterable[str] = (), allowed: Iterable[str] = ()) -> None:
@@ -421,9 +471,13 @@ def _path(element: Any) -> str:
 # Fixing what is left open, and writing the command line
 
 
-def pin(machine: Machine, *, machine_type: str, cpu: str) -> Machine:
-    """Fix machine type and CPU model in the definition, so that every later start and every host builds the same."""
+def pin(machine: Machine, *, machine_type: str, cpu: str, memory_bytes: int) -> Machine:
+    """Fix machine type, CPU model and memory in the definition, so that every start on any host builds the same."""
     root: Any = copy.deepcopy(machine.definition.root)
+    for tag in ("memory", "currentMemory"):
+        for element in root.findall(tag):
+            element.text = str(memory_bytes // 1024)
+            element.set("unit", "KiB")
     os_type = root.find("os/type")
     os_type.set("machine", machine_type)
     os_type.set("arch", "x86_64")

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import platform
+import socket
+import stat
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +19,7 @@ import anyio
 import anyio.to_thread
 
 from ferryman.capabilities import Capabilities
-from ferryman.definition import parse_definition
+from ferryman.definition import definition_error, parse_definition
 from ferryman.errors import (
     BeginError,
     DefinitionError,
@@ -74,14 +76,14 @@ from ferryman.types import (
 from ferryman.uri import MigrationURI
 from ferryman_qemu.commandline import Machine, boot_paths, build_argv, disk_paths, pin, read_machine
 from ferryman_qemu.guest import Guest
-from ferryman_qemu.monitor import MonitorError, QMPCommandError
+from ferryman_qemu.monitor import MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
 from ferryman_qemu.probe import Emulator, find_emulator, probe
 from ferryman_qemu.process import boot_id
 from ferryman_qemu.root import GuestRecord, Root, RunDirectory, root_of
 from ferryman_qemu.transfer import Transfer, settle_source, statistics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from anyio.abc import TaskGroup
 
@@ -199,7 +201,11 @@ class QemuDriver:
 
     @hookimpl
     async def domain_list(self, request: HostRequest) -> list[DomainInfo]:
-        return [await self._info(uuid) for uuid in dict.fromkeys([*self._guests, *self._defined])]
+        found = []
+        for uuid in dict.fromkeys([*self._guests, *self._defined]):
+            with suppress(DomainNotFoundError):  # a transient one may end while the others are asked
+                found.append(await self._info(uuid))
+        return found
 
     @hookimpl
     async def domain_lookup(self, request: LookupRequest) -> DomainInfo:
@@ -215,6 +221,9 @@ class QemuDriver:
 
     async def _info(self, uuid: DomainUUID) -> DomainInfo:
         guest = self._guests.get(uuid)
+        state = await guest.state() if guest is not None else DomainState.SHUT_OFF
+        if state is DomainState.SHUT_OFF:
+            guest = None
         text = guest.record.definition if guest is not None else self._defined.get(uuid)
         if text is None:
             raise DomainNotFoundError(f"no domain with uuid {uuid} in {self._root.path}", domain=uuid)
@@ -222,7 +231,7 @@ class QemuDriver:
         return DomainInfo(
             name=definition.name,
             uuid=uuid,
-            state=await guest.state() if guest is not None else DomainState.SHUT_OFF,
+            state=state,
             persistent=uuid in self._defined,
             memory_bytes=definition.memory_bytes,
             vcpus=definition.vcpus,
@@ -241,7 +250,7 @@ class QemuDriver:
         return None
 
     def _read(self, text: str) -> Machine:
-        """Read a definition whose name is free, and fix what it leaves open."""
+        """Read a definition whose name is free."""
         machine = read_machine(text)
         definition = machine.definition
         owner = self._name_owner(definition.name)
@@ -249,25 +258,33 @@ class QemuDriver:
             raise DomainExistsError(
                 f"the name {definition.name} belongs to domain {owner}", domain=definition.name
             )
-        return self._pin(machine)
+        return machine
 
     def _pin(self, machine: Machine) -> Machine:
+        """Fix what a definition leaves open, and what this host's emulator needs otherwise."""
+        root = machine.definition.root
         pinned = self._emulator.machines.get(machine.machine)
         if pinned is None:
-            raise DefinitionError(
+            raise definition_error(
+                root.find("os/type"),
                 f"{self._emulator.path} has no machine type {machine.machine}: see the host's capabilities",
-                element="domain/os/type",
             )
         if machine.accelerated and not self._emulator.kvm:
-            raise DefinitionError(
-                "KVM was tried on this host and does not work: use <domain type='qemu'>", element="domain"
+            raise definition_error(
+                root, "KVM was tried on this host and does not work: use <domain type='qemu'>"
             )
-        default = self._emulator.default_cpus.get(pinned, "qemu64")
-        return pin(machine, machine_type=pinned, cpu=machine.cpu or default)
+        return pin(
+            machine,
+            machine_type=pinned,
+            cpu=machine.cpu or self._emulator.default_cpus.get(pinned, "qemu64"),
+            memory_bytes=self._emulator.migratable_memory(
+                machine.definition.memory_bytes, accelerated=machine.accelerated
+            ),
+        )
 
     @hookimpl
     async def domain_define(self, request: DefinitionRequest) -> DomainInfo:
-        machine = self._read(request.definition)
+        machine = self._pin(self._read(request.definition))
         definition = machine.definition
         self._root.write_definition(definition.uuid, definition.render())
         self._defined[definition.uuid] = definition.render()
@@ -276,7 +293,7 @@ class QemuDriver:
 
     @hookimpl
     async def domain_create(self, request: DefinitionRequest) -> DomainInfo:
-        machine = self._read(request.definition)
+        machine = self._pin(self._read(request.definition))
         definition = machine.definition
         if definition.uuid in self._guests or definition.uuid in self._reserved:
             raise DomainExistsError(f"domain {definition.name} is active already", domain=definition.name)
@@ -419,15 +436,42 @@ class QemuDriver:
         return self._check_destination(request)
 
     async def _check_source(self, request: CheckRequest) -> CheckReply:
+        machine = read_machine(request.definition)
         guest = self._guests.get(request.domain.uuid)
-        if guest is None:
-            return CheckReply()
+        findings = await self._check_guest(guest, machine) if guest is not None else []
+        opened = guest.process.opened_files() if guest is not None else None
+        told = {path: _file_identity(path, opened) for path in disk_paths(machine)}
+        return CheckReply(findings=tuple(findings), facts={"disks": json.dumps(told)})
+
+    async def _check_guest(self, guest: Guest, machine: Machine) -> list[Finding]:
         findings: list[Finding] = []
         status, info = (await guest.ask("query-status"))["status"], await guest.ask("query-migrate")
         if status in ("guest-panicked", "internal-error", "io-error", "shutdown"):
             findings.append(
                 _blocker(
                     "guest-state", Side.SOURCE, f"the guest is in the state {status}", "reset or restart it"
+                )
+            )
+        if status == "postmigrate":
+            # QEMU 7.2 migration/migration.c, migrate_prepare.
+            findings.append(
+                _blocker(
+                    "guest-state",
+                    Side.SOURCE,
+                    "the guest is paused since an earlier migration, and QEMU sends it only after it has run again",
+                    "resume it, and suspend it again if it is to arrive paused",
+                )
+            )
+        memory = machine.definition.memory_bytes
+        safe = self._emulator.migratable_memory(memory, accelerated=machine.accelerated)
+        if status == "running" and safe != memory:
+            findings.append(
+                _blocker(
+                    "writes-lost",
+                    Side.SOURCE,
+                    f"QEMU {_dotted(self._emulator.version)} without KVM loses writes of a running guest whose memory"
+                    f" is a multiple of 256 KiB, as this one's {memory // 1024} KiB are",
+                    f"suspend the guest while it moves, or restart it, which gives it {safe // 1024} KiB",
                 )
             )
         if info.get("status") in _ACTIVE:
@@ -443,11 +487,7 @@ class QemuDriver:
             _blocker("device-unmigratable", Side.SOURCE, str(reason), "remove the device")
             for reason in info.get("blocked-reasons") or ()
         )
-        paths = disk_paths(read_machine(guest.record.definition))
-        return CheckReply(
-            findings=tuple(findings),
-            facts={"disks": json.dumps({path: _file_identity(path) for path in paths})},
-        )
+        return findings
 
     def _check_destination(self, request: CheckRequest) -> CheckReply:
         findings: list[Finding] = []
@@ -463,7 +503,7 @@ class QemuDriver:
                 _blocker(
                     "machine-unknown",
                     side,
-                    f"QEMU {'.'.join(map(str, self._emulator.version))} has no machine type {machine.machine}",
+                    f"QEMU {_dotted(self._emulator.version)} has no machine type {machine.machine}",
                     "install a newer QEMU there",
                 )
             )
@@ -601,7 +641,7 @@ class QemuDriver:
             state = await guest.run_state()
             status = (await guest.command("query-migrate")).get("status", "none")
         except HypervisorError as error:
-            if guest.gone.is_set():
+            if await guest.is_ending():
                 return Evidence(guest=GuestEvidence.GONE)
             _log.warning("QEMU does not say what domain %s does: %s", request.name, error)
             return Evidence(guest=GuestEvidence.UNKNOWN)
@@ -622,6 +662,8 @@ class QemuDriver:
     async def migrate_prepare(self, request: PrepareRequest) -> PrepareReply:
         try:
             listen, propose = _listen_uri(request)
+            if listen.startswith("unix:"):
+                _require_free(listen.removeprefix("unix:"))
             machine = self._read(request.definition)
         except (DefinitionError, DomainExistsError) as error:
             raise PrepareError(error.message, side=Side.DESTINATION) from error
@@ -702,7 +744,9 @@ class QemuDriver:
         except QMPCommandError as error:
             raise FinishError(error.description, side=Side.DESTINATION) from error
         except MonitorError as error:
-            raise HypervisorError(str(error)) from error
+            if isinstance(error, MonitorClosedError | MonitorTimeout) and error.sent:
+                raise HypervisorError(str(error)) from error
+            raise FinishError(f"the guest could not be told to run: {error}", side=Side.DESTINATION) from error
 
     @hookimpl
     async def migrate_adopt(self, request: FinishRequest) -> DomainInfo:
@@ -723,11 +767,21 @@ def _blocker(code: str, side: Side, message: str, remedy: str) -> Finding:
     return Finding(code=code, severity=FindingSeverity.BLOCKER, side=side, message=message, remedy=remedy)
 
 
-def _file_identity(path: str) -> list[str | int] | None:
-    """What tells whether two hosts mean the same file: host boot, device and inode; None where it cannot be read."""
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _file_identity(path: str, opened: Container[tuple[int, int]] | None = None) -> list[str | int] | None:
+    """What tells whether two hosts mean the same file: host boot, device and inode.
+
+    :param opened: files that the guest's process has open; None where there is none to ask.
+    :returns: None where the file cannot be read, or is another one than the guest has open.
+    """
     try:
         status = os.stat(path)
     except OSError:
+        return None
+    if opened is not None and (status.st_dev, status.st_ino) not in opened:
         return None
     return [boot_id(), status.st_dev, status.st_ino]
 
@@ -774,6 +828,29 @@ def _listen_uri(request: PrepareRequest) -> tuple[str, str]:
         raise PrepareError(f"QEMU has no transport {uri.protocol}: use tcp or unix", side=Side.DESTINATION)
     host = _bracketed(request.options.listen_address or uri.host or "")
     return f"tcp:{host}:{uri.port or 0}", request.migration_uri if uri.port else ""
+
+
+def _require_free(path: str) -> None:
+    """Refuse a socket's path that is somebody's: QEMU would remove whatever lies there.
+
+    :raises PrepareError: somebody listens there, or it is no socket.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.setblocking(False)
+            caller.connect(path)
+        reason = "somebody listens there"
+    except FileNotFoundError:
+        return
+    except BlockingIOError:
+        reason = "somebody listens there"
+    except ConnectionRefusedError as error:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # left behind by somebody who is gone
+        reason = error.strerror
+    except OSError as error:
+        reason = error.strerror
+    raise PrepareError(f"the receiver cannot listen at unix:{path}: {reason}", side=Side.DESTINATION)
 
 
 def _bracketed(host: str) -> str:

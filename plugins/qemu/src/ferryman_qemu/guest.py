@@ -88,12 +88,14 @@ class Guest:
         :raises HypervisorError: it did not start; the message holds the last of what it printed. Nothing is left.
         :cancellation: nothing is left.
         """
-        run.write(record)
         process: Process | None = None
+        streams: list[anyio.abc.UNIXSocketStream] = []
         try:
+            run.write(record)
             # Listening before it is started: the monitors answer when it is ready, and nobody has to look.
             with run.listen("control") as control, run.listen("read") as read:
-                streams = await run.connect("control"), await run.connect("read")
+                for name in ("control", "read"):
+                    streams.append(await run.connect(name))
                 arguments = list(argv(control.fileno(), read.fileno()))
                 begin = _write_log(log, arguments)
                 process = Process.spawn(arguments, output=log, inherited=(control.fileno(), read.fileno()))
@@ -120,6 +122,8 @@ class Guest:
                     process.signal(SIGKILL)
                     await process.wait()
                     process.close()
+                for stream in streams:
+                    await anyio.aclose_forcefully(stream)
                 run.remove()
             if isinstance(error, OSError):
                 raise HypervisorError(
@@ -152,10 +156,14 @@ class Guest:
         if process is None:
             clean_up(run, record)
             return None
+        streams: list[anyio.abc.UNIXSocketStream] = []
         try:
-            control, read = await run.connect("control"), await run.connect("read")
+            for name in ("control", "read"):
+                streams.append(await run.connect(name))
         except OSError as error:
             process.close()
+            for stream in streams:
+                await anyio.aclose_forcefully(stream)
             raise HypervisorError(
                 f"domain {record.name} runs as process {process.pid}, but its monitor cannot be reached: {error}"
             ) from error
@@ -163,8 +171,8 @@ class Guest:
             record=record,
             run=run,
             process=process,
-            control=Monitor(control, name=record.name),
-            read=Monitor(read, name=record.name),
+            control=Monitor(streams[0], name=record.name),
+            read=Monitor(streams[1], name=record.name),
             ended=ended,
             happened=happened,
         )
@@ -183,13 +191,14 @@ class Guest:
 
     async def _watch_process(self) -> None:
         await self.process.wait()
-        self.gone.set()
         with anyio.CancelScope(shield=True):
             await self.control.aclose()
             await self.read.aclose()
         self.process.close()
         clean_up(self.run, self.record)
         self._ended(self, self.ending)
+        # Last, so that who waits for it finds the guest gone everywhere.
+        self.gone.set()
 
     async def _watch_events(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         with (
@@ -227,9 +236,24 @@ class Guest:
         return str((await self.command("query-status"))["status"])
 
     async def state(self) -> DomainState:
-        """The domain's state."""
-        status = (await self.ask("query-status"))["status"]
+        """The domain's state; shut off where its process has ended meanwhile, and the driver has been told.
+
+        :raises HypervisorError: QEMU is there and does not answer.
+        """
+        try:
+            status = (await self.ask("query-status"))["status"]
+        except HypervisorError:
+            if await self.is_ending():
+                return DomainState.SHUT_OFF
+            raise
         return _STATES.get(status, DomainState.PAUSED)
+
+    async def is_ending(self) -> bool:
+        """Whether the process has ended; one that has closed a monitor is about to, and is waited for."""
+        if self.control.closed or self.read.closed:
+            with anyio.move_on_after(_QUIT_S):
+                await self.gone.wait()
+        return self.gone.is_set()
 
     async def quit(self) -> None:
         """End the process in its own way, or by force if it does not; returns when it is gone."""

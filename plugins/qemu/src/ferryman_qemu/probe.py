@@ -9,9 +9,11 @@ Sources: QMP ``query-version``, ``query-machines`` (QEMU >= 7.2).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,13 @@ from ferryman_qemu.process import boot_id
 if TYPE_CHECKING:
     from pathlib import Path
 
+_log = logging.getLogger(__name__)
+
 EMULATOR = "qemu-system-x86_64"
 _TIMEOUT_S = 30.0
+_BITMAP_WORD_BYTES = 64 * 4096
+_MEMORY_STEP_BYTES = 8192
+"""QEMU rounds the size of memory up to this (``BIOS``'s tables need it; softmmu/vl.c, 7.2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +46,20 @@ class Emulator:
     machines: dict[str, str]
     default_cpus: dict[str, str]
     kvm: bool
+
+    def migratable_memory(self, memory_bytes: int, *, accelerated: bool) -> int:
+        """The guest's memory, or the next larger one with which this emulator loses no write while it sends a guest.
+
+        Before 9.0 QEMU's own software emulation goes on using cached addresses after it has read which pages were
+        written, wherever the size of memory is a multiple of 64 pages: what the guest then writes is never sent.
+        Seen here on 7.2.22: some 1,300 of 5,000 pages wrong after six passes, none with 8 KiB more memory.  A guest
+        that stands still writes nothing and is safe.
+
+        :source: QEMU ``include/exec/ram_addr.h``, cpu_physical_memory_sync_dirty_bitmap: the fast path for whole words
+            of the bitmap; mended in 9.0 ("physmem: Fix migration dirty bitmap coherency with TCG memory access").
+        """
+        affected = not accelerated and self.version < (9, 0, 0) and memory_bytes % _BITMAP_WORD_BYTES == 0
+        return memory_bytes + _MEMORY_STEP_BYTES if affected else memory_bytes
 
 
 def find_emulator(path: str = "") -> str:
@@ -84,8 +105,13 @@ def probe(path: str, cache: Path) -> Emulator:
         kvm=_ask(path, "kvm", ["query-kvm"]) is not None,
     )
     temporary = cache.with_name(cache.name + f".{os.getpid()}")
-    temporary.write_text(json.dumps({"key": key, "emulator": asdict(emulator)}))
-    temporary.replace(cache)
+    try:
+        temporary.write_text(json.dumps({"key": key, "emulator": asdict(emulator)}))
+        temporary.replace(cache)
+    except OSError as error:
+        _log.warning("what %s can do is asked again next time: %s cannot be written: %s", path, cache, error)
+        with suppress(OSError):
+            temporary.unlink()
     return emulator
 
 

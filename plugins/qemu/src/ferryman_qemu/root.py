@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from ferryman.errors import ConnectError, HostBusyError
+from ferryman.errors import ConnectError, HostBusyError, HypervisorError
 
 if TYPE_CHECKING:
     from ferryman.types import DomainUUID
@@ -122,6 +122,9 @@ class Root:
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(os.getpid()).encode(), 0)
             return cls(path, lock)
+        except (OSError, HypervisorError) as error:
+            os.close(lock)
+            raise ConnectError(f"the directory {path} cannot be used: {error}") from error
         except BaseException:
             os.close(lock)
             raise
@@ -161,7 +164,7 @@ class Root:
         return found
 
     def write_definition(self, uuid: DomainUUID, definition: str) -> None:
-        """Keep a persistent definition, whole or not at all."""
+        """Keep a persistent definition, whole or not at all. :raises HypervisorError: it cannot be written."""
         _write(self.path / "domains" / f"{uuid}.xml", definition)
 
     def remove_definition(self, uuid: DomainUUID) -> None:
@@ -173,9 +176,12 @@ class Root:
         return [RunDirectory(path) for path in sorted((self.path / "run").iterdir())]
 
     def new_run_directory(self) -> RunDirectory:
-        """Make the directory of a new process."""
+        """Make the directory of a new process. :raises HypervisorError: there is no room, or no right to."""
         path = self.path / "run" / uuid_module.uuid4().hex[:12]
-        path.mkdir(mode=0o700)
+        try:
+            path.mkdir(mode=0o700)
+        except OSError as error:
+            raise HypervisorError(f"{path} cannot be made: {error.strerror}") from error
         return RunDirectory(path)
 
 
@@ -191,7 +197,7 @@ class RunDirectory:
         return str(self.path / "pid")
 
     def write(self, record: GuestRecord) -> None:
-        """Write down who the process is, whole or not at all."""
+        """Write down who the process is, whole or not at all. :raises HypervisorError: it cannot be written."""
         _write(self.path / "guest.json", json.dumps(asdict(record)))
 
     def read(self) -> GuestRecord | None:
@@ -248,6 +254,12 @@ def _try_lock(lock: int) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. :raises HypervisorError: there is no room, or no right to."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise HypervisorError(f"{path} cannot be written: {error.strerror}") from error

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from ferryman.errors import HypervisorError, InDoubtError, PerformError
 from ferryman.hookspecs import PerformReply, PerformRequest
 from ferryman.types import GuestState, Side, TransferStatistics
 from ferryman.uri import MigrationURI
-from ferryman_qemu.monitor import MonitorClosedError, MonitorError
+from ferryman_qemu.monitor import MonitorClosedError, MonitorError, MonitorTimeout
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -94,15 +96,16 @@ class Transfer:
 
     async def _begin(self) -> None:
         try:
-            stream = await anyio.to_thread.run_sync(
-                connect_stream, self._request.migration_uri, abandon_on_cancel=True
-            )
+            stream = await _connect(self._request.migration_uri)
         except OSError as error:
             raise self._failed(
                 f"the receiver at {self._request.migration_uri} cannot be reached: {error}"
             ) from error
         with stream:
-            await self._migrate(stream)
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            # INVARIANT: once QEMU may have been told to send, a cancellation goes through _abort, which ends that.
+            with anyio.CancelScope(shield=True):
+                await self._migrate(stream)
         self.begun.set()
 
     async def _migrate(self, stream: socket.socket) -> None:
@@ -128,6 +131,8 @@ class Transfer:
                 await guest.control.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
             except MonitorClosedError:
                 raise
+            except MonitorTimeout as error:
+                raise InDoubtError(str(error), evidence_missing="QEMU's answer", side=Side.SOURCE) from error
             except MonitorError as error:
                 raise self._failed(str(error)) from error
 
@@ -239,6 +244,29 @@ async def settle_source(guest: Guest) -> str:
             state = await guest.run_state()
         return state
     return await guest.run_state()
+
+
+async def _connect(text: str) -> socket.socket:
+    """Do :func:`connect_stream` in a thread. :cancellation: at once; a connection that comes later is closed."""
+    lock, kept, abandoned = threading.Lock(), list[socket.socket](), False
+
+    def connect() -> socket.socket:
+        stream = connect_stream(text)
+        with lock:
+            if abandoned:
+                stream.close()
+            else:
+                kept.append(stream)
+        return stream
+
+    try:
+        return await anyio.to_thread.run_sync(connect, abandon_on_cancel=True)
+    except BaseException:
+        with lock:
+            abandoned = True
+            for stream in kept:
+                stream.close()
+        raise
 
 
 def connect_stream(text: str) -> socket.socket:

@@ -1,0 +1,294 @@
+"""Two hosts of the QEMU driver with a guest that is watched from outside, for tests; and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import shutil
+import signal
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from urllib.parse import quote
+
+import pytest
+
+from tests.guests.counter import CounterGuest
+from tests.guests.inspect import dump_memory, run_directories
+from tests.guests.linux import KERNEL_DIRECTORY, TICK_PREFIX, LinuxGuest, build_initramfs
+from tests.guests.witness import Witness
+
+NAME = "counter"
+MIB = 1 << 20
+PROMPT_S = 60.0
+"""Limit for what takes a moment on an idle machine."""
+
+USUAL = CounterGuest(memory_bytes=32 * MIB, tick_hz=500, page_count=5000, pages_per_tick=4, prefill=True)
+"""A guest with 20 MiB that are not zero, which writes 8 MB/s."""
+
+HEAVY = CounterGuest(memory_bytes=32 * MIB, tick_hz=1000, page_count=5000, pages_per_tick=30, prefill=True)
+"""The same, but it writes all of its pages six times a second: 123 MB/s."""
+
+CALM = CounterGuest(memory_bytes=32 * MIB, tick_hz=500, page_count=5000, prefill=True)
+"""The same, but it writes nothing any more, so that a transfer ends with its first pass."""
+
+
+_ODD_BYTES = 8192
+"""Added to a guest's memory: QEMU before 9.0 with software emulation loses writes of the third pass and later where the
+size is a multiple of 256 KiB ("physmem: Fix migration dirty bitmap coherency with TCG memory access", March 2024)."""
+
+
+def need(what: str, *, here: bool) -> None:
+    """Skip where something is missing, and fail there in CI."""
+    if not here:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{what} is missing")
+        pytest.skip(f"{what} is missing")
+
+
+def need_qemu() -> None:
+    """Skip where there is no QEMU, and fail there in CI."""
+    need("qemu-system-x86_64", here=shutil.which("qemu-system-x86_64") is not None)
+
+
+def emulators(directory: Path) -> list[int]:
+    """Live emulators that have a path below a directory among their arguments, by the system's word alone."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with suppress(ValueError, OSError):
+            arguments = Path(f"/proc/{int(entry)}/cmdline").read_bytes().split(b"\0")
+            if b"-pidfile" in arguments and any(os.fsencode(directory) in part for part in arguments):
+                found.append(int(entry))
+    return sorted(found)
+
+
+def end_process(pid: int) -> None:
+    """End a process, and wait until it is gone."""
+    with suppress(ProcessLookupError):
+        process = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], PROMPT_S)
+            with suppress(ChildProcessError):  # another program's child is not ours to reap
+                os.waitid(os.P_PIDFD, process, os.WEXITED)
+        finally:
+            os.close(process)
+
+
+@dataclass(kw_only=True)
+class Field:
+    """Two roots, a guest's definition, and its witness."""
+
+    directory: Path
+    guest: CounterGuest | LinuxGuest
+    definition: str
+    witness: Witness
+
+    @property
+    def roots(self) -> list[Path]:
+        return [self.directory / "a", self.directory / "b"]
+
+    @property
+    def uris(self) -> list[str]:
+        return [f"qemu:///embed?root={quote(str(root))}" for root in self.roots]
+
+    def define(self, name: str) -> str:
+        """Definition of one more guest of the same kind, heard by the same witness."""
+        assert isinstance(self.guest, CounterGuest)
+        return _define(self.guest, name, self.directory, self.witness)
+
+    def wrong_pages(self, root: Path, *, name: str = NAME) -> int:
+        """Pages of the paused guest that break its rule; the root must be closed."""
+        assert isinstance(self.guest, CounterGuest)
+        dump = self.directory / "memory"
+        dump_memory(root, name, dump, self.guest.memory_bytes)
+        report = self.guest.verify_memory(dump)
+        dump.unlink()
+        assert report.pages_checked == self.guest.page_count > 1000
+        return report.errors
+
+    def wait_ticks(self, count: int) -> None:
+        """Wait until the guest has gone on by some ticks."""
+        last = self.witness.last()
+        self.witness.wait_tick((last.value if last else 0) + count, timeout_s=PROMPT_S)
+
+    def emulators(self, root: Path | None = None) -> list[int]:
+        """Emulators of one root, or of both."""
+        return emulators(root / "run" if root is not None else self.directory)
+
+    def the_runner(self) -> int:
+        """The one emulator that there is: it ticks, and nobody else does."""
+        last = self.witness.last()
+        since_ns = last.t_ns if last else 0
+        self.wait_ticks(20)
+        heard = {tick.pid for tick in self.witness.ticks() if tick.t_ns > since_ns}
+        assert self.emulators() == sorted(heard)
+        (pid,) = heard
+        return pid
+
+    def assert_unbroken(self, *, crossings: int | None = None) -> None:
+        """No tick is missing, doubled, or from a process that had handed over: no older memory ever ran."""
+        seen = self.witness.report()
+        assert seen.ticks > 0
+        assert (seen.ticks_lost, seen.ticks_doubled, seen.overlaps) == (0, 0, ())
+        if crossings is not None:
+            assert len(seen.blackouts) == crossings
+
+
+def _define(guest: CounterGuest, name: str, directory: Path, witness: Witness) -> str:
+    definition = guest.domain_xml(name, uuid.uuid4(), directory / "image", witness.socket_path)
+    old, new = (f">{size // 1024}<" for size in (guest.memory_bytes, guest.memory_bytes + _ODD_BYTES))
+    assert definition.count(old) == 1
+    return definition.replace(old, new)
+
+
+@contextmanager
+def laid_out(guest: CounterGuest | LinuxGuest = USUAL, *, directory: Path | None = None) -> Iterator[Field]:
+    """A field for the length of a block; at its end no process, run directory or socket may be left in it.
+
+    :param directory: where it goes, and is left; None makes a temporary one and removes it.
+    """
+    need_qemu()
+    with ExitStack() as stack:
+        if directory is None:
+            directory = Path(tempfile.mkdtemp(prefix="ferryman-it-"))
+            stack.callback(shutil.rmtree, directory)
+        if isinstance(guest, CounterGuest):
+            guest.write_image(directory / "image")
+            witness = stack.enter_context(Witness())
+            definition = _define(guest, NAME, directory, witness)
+        else:
+            kernel = KERNEL_DIRECTORY / "vmlinuz"
+            need(f"the guests' kernel, .cache/kernel/{kernel.name},", here=kernel.is_file())
+            need("busybox", here=shutil.which("busybox") is not None)
+            initramfs = build_initramfs(KERNEL_DIRECTORY.parent / "guests")
+            witness = stack.enter_context(Witness(prefix=TICK_PREFIX))
+            definition = guest.domain_xml(NAME, uuid.uuid4(), kernel, initramfs, witness.socket_path)
+        made = Field(directory=directory, guest=guest, definition=definition, witness=witness)
+        try:
+            yield made
+            # A socket that nobody closed warns when it is collected, and the warning belongs to this test.
+            gc.collect()
+            assert made.emulators() == [], "processes are left behind"
+            assert [path for root in made.roots for path in run_directories(root)] == []
+            assert [path for path in directory.rglob("*") if path.is_socket()] == []
+        finally:
+            for pid in made.emulators():
+                end_process(pid)
+
+
+class Relay:
+    """A man in the middle of one migration stream, in threads of its own.
+
+    :param target: where the receiver listens.
+    :param bytes_per_s: how fast it passes the guest's state on; None is as fast as it comes.
+    :param cut_at_last_answer: swallow the receiver's last message, which says that it has everything, and cut.
+    """
+
+    def __init__(
+        self, target: tuple[str, int], *, bytes_per_s: int | None = None, cut_at_last_answer: bool = False
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._cut_at_last_answer = cut_at_last_answer
+        self.swallowed = False
+        self.passed_bytes = 0
+        self._reading = True
+        self._wake, self._waker = socket.socketpair()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            # Small buffers, so that who stops reading is noticed.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            self._ours = socket.create_connection(target, timeout=PROMPT_S)
+            self.stream = socket.socket()
+            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            self.stream.settimeout(PROMPT_S)
+            self.stream.connect(listener.getsockname())
+            self._theirs, _ = listener.accept()
+        for end in (self._ours, self._theirs):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            end.setblocking(True)
+        self._threads = [Thread(target=self._forward), Thread(target=self._answer)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop_reading(self) -> None:
+        """Fall silent: from now on nothing of the guest's state is read, and the connection stays."""
+        self._reading = False
+
+    def close(self) -> None:
+        """Cut both connections, and end."""
+        self._cut()
+        self._waker.close()
+        for thread in self._threads:
+            thread.join()
+        for end in (self._ours, self._theirs, self._wake):
+            end.close()
+
+    def _cut(self) -> None:
+        for end in (self._ours, self._theirs):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _forward(self) -> None:
+        """Pass the state of the guest on."""
+        with suppress(OSError):
+            while True:
+                if not self._reading:
+                    select.select([self._wake], [], [])
+                    return
+                data = self._theirs.recv(16384)
+                if not data:
+                    break
+                self._ours.sendall(data)
+                self.passed_bytes += len(data)
+                if self._bytes_per_s is not None:
+                    select.select([self._wake], [], [], len(data) / self._bytes_per_s)
+            self._ours.shutdown(socket.SHUT_WR)
+
+    def _answer(self) -> None:
+        """Pass the receiver's answers back: messages of a type and a length, both of two bytes, and their data."""
+        with suppress(OSError):
+            answers = self._ours.makefile("rb")
+            while head := answers.read(4):
+                kind, length = int.from_bytes(head[:2], "big"), int.from_bytes(head[2:], "big")
+                message = head + answers.read(length)
+                if kind == _SHUT and self._cut_at_last_answer:
+                    self.swallowed = True
+                    self._cut()
+                    return
+                self._theirs.sendall(message)
+            self._theirs.shutdown(socket.SHUT_WR)
+
+
+_SHUT = 1  # MIG_RP_MSG_SHUT (QEMU 7.2, migration/migration.h)
+
+
+@contextmanager
+def relayed(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[tuple[str, int]], Relay]
+) -> Iterator[list[Relay]]:
+    """Lead every transfer of this process through a relay; they are in the list that the block gets."""
+    import ferryman_qemu.transfer
+    from ferryman.uri import MigrationURI
+
+    relays: list[Relay] = []
+
+    def connect_stream(text: str) -> socket.socket:
+        uri = MigrationURI.parse(text)
+        assert uri.host is not None
+        assert uri.port is not None
+        relays.append(make((uri.host, uri.port)))
+        return relays[-1].stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ferryman_qemu.transfer, "connect_stream", connect_stream)
+        try:
+            yield relays
+        finally:
+            for relay in relays:
+                relay.close()
