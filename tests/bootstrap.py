@@ -13,7 +13,7 @@ Rules
 3. As root, missing system packages are installed; as anybody else, the one command that does so is printed.
 
 What goes where: ``.venv`` holds the Python packages, pinned by tests/constraints.txt, and the distributions of
-this tree, editable; ``.cache/kernel/vmlinuz`` is the guests' kernel.  Both folders may be removed at any time.
+this tree, editable; ``.cache/kernel/`` the guests' kernel and its modules.  Both folders may be removed at any time.
 """
 
 import sys
@@ -29,6 +29,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 import re
 import shlex
@@ -53,6 +54,9 @@ DISTRIBUTIONS = {
 
 _STEP_TIMEOUT_S = 1800.0
 _SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+_MODULES = ("acpi/button", "input/evdev")
+"""Drivers of the power button, by their place in the kernel's folder of drivers; the guests can do without."""
+
 _KERNELS = ("linux-image-cloud-amd64", "linux-image-virtual")
 """Packages whose first dependency is the newest kernel for virtual machines, on Debian and on Ubuntu."""
 
@@ -93,11 +97,12 @@ _TEST_PROGRAMS = (
     Program(package="busybox-static", name="busybox", shared_name=True),
     Program(package="nasm", name="nasm"),
     Program(package="iproute2", name="ip"),
+    # It brings libvirt's schema of domain definitions too.
+    Program(package="libvirt-clients", name="virsh"),
 )
 _BENCH_PROGRAMS = (
     *_TEST_PROGRAMS,
     Program(package="libvirt-daemon-system", name="libvirtd"),
-    Program(package="libvirt-clients", name="virsh"),
 )
 STAGES = {
     "demo": Stage(groups=("build",), programs=(_QEMU,), optional_programs=True),
@@ -391,6 +396,8 @@ def _fetch_kernel(target: Path) -> None:
                 options = _private_lists(folder)
             _run([*_APT, *options, "update"])
             kernel = _download_kernel(folder, options)
+        _keep_modules(folder / "tree", target.parent / "modules")
+        # Last: the kernel stands for all of it.
         os.replace(kernel, target)
 
 
@@ -409,6 +416,17 @@ def _download_kernel(folder: Path, options: list[str]) -> Path:
         (kernel,) = (folder / "tree/boot").glob("vmlinuz-*")
         return kernel
     raise SetupError(f"apt-cache knows no kernel: tried {' and '.join(_KERNELS)}")
+
+
+def _keep_modules(tree: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for module in _MODULES:
+        for path in tree.glob(f"lib/modules/*/kernel/drivers/{module}.ko*"):
+            content = path.read_bytes()
+            if path.suffix == ".xz":
+                content = lzma.decompress(content)
+            if path.suffix in (".ko", ".xz"):
+                (target / f"{Path(module).name}.ko").write_bytes(content)
 
 
 def _private_lists(folder: Path) -> list[str]:
