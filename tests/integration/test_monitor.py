@@ -9,8 +9,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ferryman_qemu.monitor import (
     EVENT_BACKLOG_MAX,
     FDS_MAX,
     IN_BAND_MAX,
+    Command,
     CommandNotSentError,
     EventsLostError,
     Monitor,
@@ -389,6 +391,20 @@ async def test_an_abandoned_descriptor_is_not_mistaken_for_the_next(files: list[
         }
 
 
+async def test_commands_sent_together_are_executed_in_order_and_each_for_itself() -> None:
+    async with machine() as host, running(*host.streams) as start:
+        monitor = await start()
+        commands = [Command("stop"), Command("query-status"), Command("cont"), Command("query-status")]
+        answers = await monitor.execute_all(commands)
+        assert [answer.get("status") for answer in answers] == [None, "paused", None, "running"]
+        with pytest.raises(QMPCommandError) as failed:
+            await monitor.execute_all([Command("no-such"), Command("stop"), Command("nor-this")])
+        assert failed.value.command == "no-such"
+        # What came after it was executed all the same.
+        assert (await monitor.execute("query-status"))["status"] == "paused"
+        assert await monitor.execute_all([]) == []
+
+
 async def test_qemu_killed_in_the_middle_of_commands_fails_them_all() -> None:
     async with machine() as host, running(*host.streams) as start:
         monitor = await start()
@@ -620,6 +636,47 @@ async def test_a_descriptor_that_cannot_be_passed_is_the_fault_of_its_command_al
             command = await peer.command()
             assert command["execute"] == "getfd"
             await peer.answer(command, {})
+
+
+async def test_nothing_follows_a_descriptor_before_its_answer(files: list[int]) -> None:
+    """Neither in band nor out of band, and also when nobody waits for that answer any more."""
+    async with connected() as (monitor, peer):
+        for abandoned in (False, True):
+            done: list[str] = []
+
+            async def ask(call: Any, name: str, done: list[str] = done, **more: Any) -> None:
+                with suppress(MonitorTimeout):
+                    await call(name, **more)
+                done.append(name)
+
+            limit_s = 0.05 if abandoned else None
+            async with anyio.create_task_group() as tasks:
+                await tasks_in_order(
+                    tasks,
+                    partial(ask, monitor.execute, "getfd", fds=files, timeout_s=limit_s),
+                    partial(ask, monitor.execute, "stop"),
+                    partial(ask, monitor.execute_oob, "yank"),
+                )
+                carrier = await peer.command()
+                if abandoned:
+                    while not done:
+                        await anyio.lowlevel.checkpoint()
+                with anyio.move_on_after(0.1) as waited:
+                    await peer.command()
+                assert waited.cancelled_caught
+                await peer.answer(carrier, {})
+                for _ in range(2):
+                    await peer.answer(await peer.command(), {})
+            assert sorted(done) == ["getfd", "stop", "yank"]
+
+
+async def tasks_in_order(
+    tasks: anyio.abc.TaskGroup, *bodies: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    """Start tasks one after the other; each waits for something before the next begins."""
+    for body in bodies:
+        tasks.start_soon(body)
+        await anyio.wait_all_tasks_blocked()
 
 
 async def test_without_out_of_band_execution_only_the_main_loop_is_asked() -> None:

@@ -46,8 +46,8 @@ def test_rows_survive_and_receipts_name_the_write(path: Path) -> None:
     journal.close()
     again = Journal.open(path)
     assert again.journal_id == journal.journal_id
-    assert again.read_now(Side.DESTINATION, claimed.migration_id) == claimed
-    assert again.read_now(Side.SOURCE, claimed.migration_id) is None
+    assert again.read(Side.DESTINATION, claimed.migration_id) == claimed
+    assert again.read(Side.SOURCE, claimed.migration_id) is None
     again.close()
 
 
@@ -55,8 +55,8 @@ def test_the_generation_only_rises(path: Path) -> None:
     journal = Journal.open(path)
     for number in (1, 5, 3):
         journal.write_now(row(number))
-    assert journal.generation_now(row().uuid) == 5
-    assert journal.generation_now(DomainUUID("other")) == 0
+    assert journal.generation(row().uuid) == 5
+    assert journal.generation(DomainUUID("other")) == 0
     journal.close()
 
 
@@ -64,8 +64,8 @@ async def test_open_rows_are_those_that_are_not_settled(path: Path) -> None:
     journal = Journal.open(path)
     first, second = await journal.write(row(1)), await journal.write(row(2))
     await journal.settle(first)
-    assert await journal.open_rows() == [second]
-    assert [r.generation for r in await journal.rows_of(first.uuid)] == [2, 1]
+    assert journal.open_rows() == [second]
+    assert [r.generation for r in journal.rows_of(first.uuid)] == [2, 1]
     journal.close()
 
 
@@ -129,7 +129,7 @@ def test_what_was_acknowledged_survives_a_kill(path: Path) -> None:
         told += [int(line) for line in writer.stdout.read().splitlines()]
     journal = Journal.open(path)
     for number in told:
-        assert journal.read_now(Side.DESTINATION, row(number).migration_id) is not None
+        assert journal.read(Side.DESTINATION, row(number).migration_id) is not None
     journal.close()
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk_refuses_migrations_and_takes_decisions(small_disk: Path) ->
     journal.close()
     (small_disk / "filler").unlink()
     journal = Journal.open(small_disk / "journal")
-    found = journal.read_now(Side.DESTINATION, prepared.migration_id)
+    found = journal.read(Side.DESTINATION, prepared.migration_id)
     assert found is not None
     assert found.record is Record.CLAIMED
     journal.close()

@@ -279,7 +279,7 @@ class Host:
 
     async def recover(self) -> None:
         """Settle every open row of the journal, as far as this host can alone; ask for the rest in the background."""
-        for row in await self._journal.open_rows():
+        for row in self._journal.open_rows():
             run = _Run(side=row.side, state=fall_back(row.record), row=row)
             self._runs[row.side, row.migration_id] = run
             try:
@@ -314,7 +314,7 @@ class Host:
             row = MigrationRow(
                 side=Side.SOURCE,
                 migration_id=migration_id,
-                generation=await self._journal.generation(domain.uuid) + 1,
+                generation=self._journal.generation(domain.uuid) + 1,
                 uuid=domain.uuid,
                 name=domain.name,
                 record=Record.BEGUN,
@@ -409,7 +409,7 @@ class Host:
         with anyio.CancelScope(shield=True):
             async with run.lock:
                 await self._refresh(run)
-                newest = await self._journal.generation(run.row.uuid) == run.row.generation
+                newest = self._journal.generation(run.row.uuid) == run.row.generation
                 given = admit_answer(run.row, answer.paper, newest=newest)
                 if given is None:
                     return Confirmed(kind=PaperKind.PENDING)
@@ -467,8 +467,8 @@ class Host:
         self.require_free(domain.uuid, domain.name)
         with self._admit(domain.uuid):
             await self._journal.require_room()
-            known = await self._journal.generation(domain.uuid)
-            seen = await self._journal.read(Side.DESTINATION, paper.migration_id) is not None
+            known = self._journal.generation(domain.uuid)
+            seen = self._journal.read(Side.DESTINATION, paper.migration_id) is not None
             if paper.generation <= known or seen or (Side.DESTINATION, paper.migration_id) in self._runs:
                 raise PaperError(
                     f"migration {paper.migration_id} of domain {domain.name} comes too late: this host has seen"
@@ -632,7 +632,7 @@ class Host:
         """After a failed write: what does the journal say?"""
         if not run.stale:
             return
-        row = await self._journal.read(run.side, run.row.migration_id)
+        row = self._journal.read(run.side, run.row.migration_id)
         run.stale = False
         if row is not None:
             run.row = row
@@ -908,7 +908,7 @@ class Host:
         run = self._runs.get((side, paper.migration_id))
         if run is not None:
             return run
-        row = await self._journal.read(side, paper.migration_id)
+        row = self._journal.read(side, paper.migration_id)
         if row is None:
             return None
         return _Run(side=side, state=fall_back(row.record), row=row, done=row.settled)

@@ -22,7 +22,7 @@ import secrets
 import sqlite3
 import struct
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -35,11 +35,7 @@ from ferryman.handover import MigrationRow, Receipt, Record
 from ferryman.types import DomainUUID, MigrationId, Side
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
-    from typing import TypeVar
-
-    T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -91,19 +87,29 @@ def host_boot_id() -> str:
 class Journal:
     """One host's journal.
 
-    Calls may come from any task of any event loop; the database is touched by one thread at a time.
+    Calls may come from any task of any event loop.  One thread at a time writes; who reads has a connection of its
+    own, which in WAL mode never waits for a write, so that reading takes microseconds and needs no thread.
     """
 
     def __init__(
-        self, path: Path, database: sqlite3.Connection, journal_id: str, sequence: int, mark: int
+        self,
+        path: Path,
+        database: sqlite3.Connection,
+        reader: sqlite3.Connection,
+        *,
+        journal_id: str,
+        sequence: int,
+        mark: int,
     ) -> None:
         self.path = path
         self.journal_id = journal_id
         self._database = database
+        self._reader = reader
         self._sequence = sequence
         self._mark = mark
         self._reserve = path.with_name(path.name + ".reserve")
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
 
     @classmethod
@@ -113,25 +119,22 @@ class Journal:
         :raises JournalBehindError: the journal is older than its mark, or is another one.
         :raises JournalError: it cannot be read or written, is damaged, or is of a newer version.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not path.exists()
-            database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-        except (OSError, sqlite3.Error) as error:
-            raise JournalError(f"the journal {path} cannot be opened: {error}") from error
-        try:
-            journal_id, sequence = _set_up(database, path)
-            mark = _open_mark(path, journal_id, sequence, fresh=fresh)
-        except sqlite3.Error as error:
-            database.close()
-            raise JournalError(f"the journal {path} cannot be used: {error}") from error
-        except OSError as error:
-            database.close()
-            raise JournalError(f"the mark of the journal {path} cannot be used: {error}") from error
-        except BaseException:
-            database.close()
-            raise
-        journal = cls(path, database, journal_id, sequence, mark)
+        with ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fresh = not path.exists()
+                database, reader = (stack.enter_context(closing(_connect(path))) for _ in range(2))
+            except (OSError, sqlite3.Error) as error:
+                raise JournalError(f"the journal {path} cannot be opened: {error}") from error
+            try:
+                journal_id, sequence = _set_up(database, path)
+                mark = _open_mark(path, journal_id, sequence, fresh=fresh)
+            except sqlite3.Error as error:
+                raise JournalError(f"the journal {path} cannot be used: {error}") from error
+            except OSError as error:
+                raise JournalError(f"the mark of the journal {path} cannot be used: {error}") from error
+            stack.pop_all()
+        journal = cls(path, database, reader, journal_id=journal_id, sequence=sequence, mark=mark)
         with suppress(JournalFullError):
             # A full disk refuses new migrations later, one by one; an open one must still be settled now.
             journal._fill_reserve()
@@ -139,8 +142,9 @@ class Journal:
 
     def close(self) -> None:
         """Close the journal; what was written stays. Doing it twice is harmless."""
-        with self._lock:
+        with self._lock, self._reading:
             if self._mark >= 0:
+                self._reader.close()
                 self._database.close()
                 os.close(self._mark)
                 self._mark = -1
@@ -163,7 +167,8 @@ class Journal:
 
         :raises JournalFullError: there is too little room.
         """
-        await self._in_thread(self._fill_reserve)
+        if not self._reserve_is_whole():
+            await anyio.to_thread.run_sync(self._fill_reserve, limiter=self._limiter)
 
     async def settle(self, row: MigrationRow) -> None:
         """Note that a decided row's last actions are done.
@@ -177,26 +182,24 @@ class Journal:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.settle_now, row, limiter=self._limiter)
 
-    async def read(self, side: Side, migration_id: MigrationId) -> MigrationRow | None:
+    def read(self, side: Side, migration_id: MigrationId) -> MigrationRow | None:
         """Read the row of one migration on one side."""
-        return await self._in_thread(lambda: self.read_now(side, migration_id))
+        found = self._select("side = ? AND id = ?", (side.value, migration_id))
+        return found[0] if found else None
 
-    async def open_rows(self) -> list[MigrationRow]:
+    def open_rows(self) -> list[MigrationRow]:
         """Read every row that is not settled, oldest first."""
-        return await self._in_thread(lambda: self._select("settled = 0 ORDER BY sequence", ()))
+        return self._select("settled = 0 ORDER BY sequence", ())
 
-    async def rows_of(self, uuid: DomainUUID) -> list[MigrationRow]:
+    def rows_of(self, uuid: DomainUUID) -> list[MigrationRow]:
         """Read every row of one domain, newest generation first."""
-        return await self._in_thread(
-            lambda: self._select("uuid = ? ORDER BY generation DESC, sequence DESC", (uuid,))
-        )
+        return self._select("uuid = ? ORDER BY generation DESC, sequence DESC", (uuid,))
 
-    async def generation(self, uuid: DomainUUID) -> int:
+    def generation(self, uuid: DomainUUID) -> int:
         """Read the highest generation that this host knows of a domain; 0 where it knows none."""
-        return await self._in_thread(lambda: self.generation_now(uuid))
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(call, limiter=self._limiter)
+        with self._reading, self._errors():
+            found = self._reader.execute("SELECT generation FROM domains WHERE uuid = ?", (uuid,)).fetchone()
+        return int(found[0]) if found else 0
 
     def write_now(self, row: MigrationRow) -> MigrationRow:
         """Do :meth:`write` in this thread."""
@@ -231,19 +234,6 @@ class Journal:
                     self._database.execute("PRAGMA synchronous=FULL")
             except sqlite3.Error as error:
                 raise JournalError(f"the journal {self.path} could not be written: {error}") from error
-
-    def read_now(self, side: Side, migration_id: MigrationId) -> MigrationRow | None:
-        """Do :meth:`read` in this thread."""
-        found = self._select("side = ? AND id = ?", (side.value, migration_id))
-        return found[0] if found else None
-
-    def generation_now(self, uuid: DomainUUID) -> int:
-        """Do :meth:`generation` in this thread."""
-        with self._lock, self._errors():
-            found = self._database.execute(
-                "SELECT generation FROM domains WHERE uuid = ?", (uuid,)
-            ).fetchone()
-        return int(found[0]) if found else 0
 
     def _commit_from_reserve(self, row: MigrationRow) -> MigrationRow:
         _log.warning(
@@ -286,12 +276,15 @@ class Journal:
         os.pwrite(self._mark, _MARK.pack(bytes.fromhex(self.journal_id), sequence), 0)
         return written
 
-    def _fill_reserve(self) -> None:
+    def _reserve_is_whole(self) -> bool:
         try:
-            if self._reserve.stat().st_size == RESERVE_BYTES:
-                return
+            return self._reserve.stat().st_size == RESERVE_BYTES
         except FileNotFoundError:
-            pass
+            return False
+
+    def _fill_reserve(self) -> None:
+        if self._reserve_is_whole():
+            return
         try:
             file = os.open(self._reserve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -306,8 +299,8 @@ class Journal:
             ) from error
 
     def _select(self, where: str, values: tuple[object, ...]) -> list[MigrationRow]:
-        with self._lock, self._errors():
-            rows = self._database.execute(
+        with self._reading, self._errors():
+            rows = self._reader.execute(
                 f"SELECT {_COLUMNS} FROM migrations WHERE {where}",  # noqa: S608 - the clauses are literals above
                 values,
             ).fetchall()
@@ -315,6 +308,10 @@ class Journal:
 
     def _errors(self) -> _Errors:
         return _Errors(self.path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
 
 
 class _Errors:

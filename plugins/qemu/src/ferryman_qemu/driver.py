@@ -76,11 +76,11 @@ from ferryman.types import (
 from ferryman.uri import MigrationURI
 from ferryman_qemu.commandline import Machine, boot_paths, build_argv, disk_paths, pin, read_machine
 from ferryman_qemu.guest import Guest
-from ferryman_qemu.monitor import MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
+from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
 from ferryman_qemu.probe import Emulator, find_emulator, probe
 from ferryman_qemu.process import boot_id
 from ferryman_qemu.root import GuestRecord, Root, RunDirectory, root_of
-from ferryman_qemu.transfer import Transfer, settle_source, statistics_of
+from ferryman_qemu.transfer import Transfer, capabilities, parameters, settle_source, statistics_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -546,9 +546,14 @@ class QemuDriver:
         guest = self._guests.get(request.domain.uuid)
         if guest is None:
             raise BeginError(f"domain {request.domain.name} is not active", side=Side.SOURCE)
-        status = (await guest.ask("query-status"))["status"]
+        # What the transfer needs is set now, while the receiver has not even been started.
+        status, *_ = await guest.command_all(
+            Command("query-status"), capabilities("events", "return-path"), parameters(request.options)
+        )
         return BeginReply(
-            definition=guest.record.definition, paused=status != "running", process=guest.process.identity
+            definition=guest.record.definition,
+            paused=status["status"] != "running",
+            process=guest.process.identity,
         )
 
     def _guest_of(self, identity: str) -> Guest | None:
@@ -590,10 +595,9 @@ class QemuDriver:
     async def _let_go(self, guest: Guest | None, request: ConfirmRequest) -> ConfirmReply:
         statistics: TransferStatistics | None = None
         if guest is not None:
-            with suppress(HypervisorError):  # counters only; the guest is not ours any more
-                statistics = statistics_of(await guest.ask("query-migrate"))
             guest.ending = "migrated-out"
-            await guest.quit()
+            with suppress(HypervisorError):  # counters only; the guest is not ours any more
+                statistics = statistics_of(await guest.quit_after("query-migrate"))
         if request.undefine:
             self._undefine(request.uuid, request.name)
         return ConfirmReply(statistics=statistics)
@@ -684,17 +688,12 @@ class QemuDriver:
             raise
         self._receivers[request.id] = guest
         try:
-            await guest.command(
-                "migrate-set-capabilities",
-                {
-                    "capabilities": [
-                        {"capability": name, "state": True}
-                        for name in ("events", "return-path", "late-block-activate")
-                    ]
-                },
+            *_, told = await guest.command_all(
+                capabilities("events", "return-path", "late-block-activate"),
+                Command("migrate-incoming", {"uri": listen}),
+                Command("query-migrate"),
             )
-            await guest.command("migrate-incoming", {"uri": listen})
-            uri = propose or await _proposed(guest, request)
+            uri = propose or _proposed(told, request)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await self._discard(guest)
@@ -746,7 +745,9 @@ class QemuDriver:
         except MonitorError as error:
             if isinstance(error, MonitorClosedError | MonitorTimeout) and error.sent:
                 raise HypervisorError(str(error)) from error
-            raise FinishError(f"the guest could not be told to run: {error}", side=Side.DESTINATION) from error
+            raise FinishError(
+                f"the guest could not be told to run: {error}", side=Side.DESTINATION
+            ) from error
 
     @hookimpl
     async def migrate_adopt(self, request: FinishRequest) -> DomainInfo:
@@ -847,9 +848,9 @@ def _require_free(path: str) -> None:
     except ConnectionRefusedError as error:
         if stat.S_ISSOCK(os.lstat(path).st_mode):
             return  # left behind by somebody who is gone
-        reason = error.strerror
+        reason = str(error.strerror)
     except OSError as error:
-        reason = error.strerror
+        reason = str(error.strerror)
     raise PrepareError(f"the receiver cannot listen at unix:{path}: {reason}", side=Side.DESTINATION)
 
 
@@ -857,9 +858,9 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-async def _proposed(guest: Guest, request: PrepareRequest) -> str:
-    """The migration URI with the port that the receiver got."""
-    addresses: list[dict[str, Any]] = (await guest.command("query-migrate")).get("socket-address") or []
+def _proposed(told: dict[str, Any], request: PrepareRequest) -> str:
+    """The migration URI with the port that the receiver got, by its answer to ``query-migrate``."""
+    addresses: list[dict[str, Any]] = told.get("socket-address") or []
     for address in addresses:
         if address.get("type") == "inet":
             host = str(address["host"])

@@ -18,7 +18,7 @@ import anyio
 
 from ferryman.errors import HypervisorError
 from ferryman.types import DomainState
-from ferryman_qemu.monitor import Monitor, MonitorClosedError, MonitorError
+from ferryman_qemu.monitor import Command, Monitor, MonitorClosedError, MonitorError
 from ferryman_qemu.process import Process, find_strays
 
 if TYPE_CHECKING:
@@ -231,6 +231,13 @@ class Guest:
         """Command on the controlling monitor; take :attr:`lock` for what changes the run state."""
         return await _execute(self.control, command, arguments)
 
+    async def command_all(self, *commands: Command) -> list[Any]:
+        """Command several things in one go. :raises HypervisorError: the first that failed; all were executed."""
+        try:
+            return await self.control.execute_all(commands)
+        except MonitorError as error:
+            raise HypervisorError(str(error)) from error
+
     async def run_state(self) -> str:
         """QEMU's run state, asked in order with the commands of the controlling monitor."""
         return str((await self.command("query-status"))["status"])
@@ -255,14 +262,23 @@ class Guest:
                 await self.gone.wait()
         return self.gone.is_set()
 
-    async def quit(self) -> None:
-        """End the process in its own way, or by force if it does not; returns when it is gone."""
-        with suppress(MonitorError):
-            await self.control.execute("quit", timeout_s=_QUIT_S)
-        with anyio.move_on_after(_QUIT_S):
-            await self.gone.wait()
-            return
-        await self.kill()
+    async def quit_after(self, question: str) -> Any:
+        """Ask a last thing and end the process in its own way, or by force if it does not; returns when it is gone.
+
+        :raises HypervisorError: the question was not answered; the process is gone all the same.
+        """
+        try:
+            answer, _ = await self.control.execute_all(
+                [Command(question), Command("quit")], timeout_s=_QUIT_S
+            )
+        except MonitorError as error:
+            raise HypervisorError(str(error)) from error
+        finally:
+            with anyio.move_on_after(_QUIT_S):
+                await self.gone.wait()
+            if not self.gone.is_set():
+                await self.kill()
+        return answer
 
     async def kill(self) -> None:
         """End the process by force; returns when it is gone."""

@@ -14,9 +14,10 @@ Rules this module keeps:
 
 - Whoever waits for an answer may leave at any moment.  What has not begun to leave is withdrawn and was never executed;
   what has, is sent to its end by others, and its late answer is dropped.  So cancellation never cuts a line in two.
-- A descriptor travels with the first byte of its command.  QEMU keeps only the descriptors that came last
-  (chardev/char-socket.c), so the next command that carries some waits until this one is answered, even when nobody
-  waits for that answer any more.
+- A descriptor travels with the first byte of its command, and nothing follows that command before its answer, even
+  when nobody waits for it any more: QEMU keeps only the descriptors that came last, and its main loop takes them
+  without a lock while the monitor's thread may be looking at them because more has come (chardev/char-socket.c,
+  tcp_chr_recv and tcp_get_msgfds).  A ``migrate`` right behind its ``getfd`` crashed QEMU 7.2 here.
 - QEMU stops reading, and so ignores out-of-band commands too, when eight in-band commands are queued and none is being
   executed, which is what a silent main loop looks like.  Seven are the most that never silence it
   (monitor/qmp.c, handle_qmp_command; the specification's "eight" is one too many there).
@@ -43,7 +44,7 @@ import logging
 import secrets
 import socket
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import anyio
 import anyio.abc
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from ferryman_qemu.qmp import Message
 
 __all__ = [
+    "Command",
     "CommandNotSentError",
     "EventStream",
     "EventsLostError",
@@ -179,6 +181,14 @@ class _State(enum.Enum):
     CLOSED = "closed"
 
 
+class Command(NamedTuple):
+    """A command for :meth:`Monitor.execute_all`; the fields are the parameters of :meth:`Monitor.execute`."""
+
+    name: str
+    arguments: Mapping[str, object] | None = None
+    fds: Sequence[int] = ()
+
+
 class _Call:
     """A command on its way; settled when ``done`` is set, and then answered, refused here, or cut off."""
 
@@ -187,6 +197,7 @@ class _Call:
         "done",
         "id",
         "in_band",
+        "name",
         "outcome",
         "refusal",
         "started",
@@ -194,8 +205,9 @@ class _Call:
         "unsent_fds",
     )
 
-    def __init__(self, call_id: int, line: bytes, *, fds: Sequence[int], in_band: bool) -> None:
+    def __init__(self, call_id: int, line: bytes, *, name: str, fds: Sequence[int], in_band: bool) -> None:
         self.id = call_id
+        self.name = name
         self.unsent = memoryview(line)
         self.unsent_fds = array.array("i", fds)
         self.carries_fds = bool(fds)
@@ -411,12 +423,16 @@ class Monitor:
         :cancellation: a command that has not begun to leave is withdrawn; any other may or may not be executed, and its
             answer is dropped.  The connection stays usable.
         """
-        if fds:
-            if len(fds) > FDS_MAX:
-                raise ValueError(f"QEMU takes at most {FDS_MAX} descriptors with a command, not {len(fds)}")
-            if self._socket is None:
-                raise CommandNotSentError(name, "only a UNIX socket passes descriptors")
-        return await self._execute(name, arguments, fds=fds, timeout_s=timeout_s, in_band=True)
+        (value,) = await self._execute([Command(name, arguments, fds)], timeout_s=timeout_s, in_band=True)
+        return value
+
+    async def execute_all(self, commands: Sequence[Command], *, timeout_s: float | None = None) -> list[Any]:
+        """Execute some commands in band, sent in one go: in their order, and each whether or not earlier ones failed.
+
+        :param timeout_s: limit for the last answer; otherwise everything is as for :meth:`execute`.
+        :raises QMPCommandError: of the first that failed; every one was executed.
+        """
+        return await self._execute(commands, timeout_s=timeout_s, in_band=True)
 
     async def execute_oob(
         self, name: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float | None = None
@@ -430,7 +446,8 @@ class Monitor:
         self._require_open()
         if not self._oob:
             raise CommandNotSentError(name, "QEMU does not offer out-of-band execution here")
-        return await self._execute(name, arguments, fds=(), timeout_s=timeout_s, in_band=False)
+        (value,) = await self._execute([Command(name, arguments)], timeout_s=timeout_s, in_band=False)
+        return value
 
     def events(self, *names: str) -> EventStream:
         """Subscribe to events, within the returned object's context.
@@ -469,36 +486,46 @@ class Monitor:
         self._finished.set()
 
     async def _execute(
-        self,
-        name: str,
-        arguments: Mapping[str, object] | None,
-        *,
-        fds: Sequence[int],
-        timeout_s: float | None,
-        in_band: bool,
-    ) -> Any:
+        self, commands: Sequence[Command], *, timeout_s: float | None, in_band: bool
+    ) -> list[Any]:
         self._require_open()
         limit_s = self._command_timeout_s if timeout_s is None else timeout_s
-        call_id, line = self._codec.command(name, arguments, oob=not in_band)
-        call = _Call(call_id, line, fds=fds, in_band=in_band)
+        calls = [self._make_call(command, in_band=in_band) for command in commands]
         with anyio.move_on_after(limit_s):
             # Whoever is cancelled already must not start a guest on the way out.
             await anyio.lowlevel.checkpoint_if_cancelled()
-            self._submit(call)
+            for call in calls:
+                self._submit(call)
             try:
-                await call.done.wait()
+                for call in calls:
+                    await call.done.wait()
             finally:
-                if not call.done.is_set() and not call.started:
-                    self._withdraw(call)
+                for call in reversed(calls):
+                    if not call.done.is_set() and not call.started:
+                        self._withdraw(call)
+        return [self._value(call, limit_s) for call in calls]
+
+    def _make_call(self, command: Command, *, in_band: bool) -> _Call:
+        if command.fds:
+            if len(command.fds) > FDS_MAX:
+                raise ValueError(
+                    f"QEMU takes at most {FDS_MAX} descriptors with a command, not {len(command.fds)}"
+                )
+            if self._socket is None:
+                raise CommandNotSentError(command.name, "only a UNIX socket passes descriptors")
+        call_id, line = self._codec.command(command.name, command.arguments, oob=not in_band)
+        return _Call(call_id, line, name=command.name, fds=command.fds, in_band=in_band)
+
+    def _value(self, call: _Call, limit_s: float) -> Any:
         match call.outcome:
             case Reply(value=value):
                 return value
             case Failure(error_class=error_class, description=description):
-                raise QMPCommandError(name, error_class, description)
+                raise QMPCommandError(call.name, error_class, description)
         if call.refusal is not None:
-            raise CommandNotSentError(name, "its descriptors cannot be passed") from call.refusal
+            raise CommandNotSentError(call.name, "its descriptors cannot be passed") from call.refusal
         self._require_not_closed(sent=call.started)
-        raise MonitorTimeout(self.name, name, limit_s, sent=call.started)
+        raise MonitorTimeout(self.name, call.name, limit_s, sent=call.started)
 
     def _submit(self, call: _Call) -> None:
         self._calls[call.id] = call
@@ -539,14 +566,21 @@ class Monitor:
         if self._fd_call is call:
             self._fd_call = None
 
+    def _next_to_leave(self) -> _Call | None:
+        """The call whose bytes are sent next; None while there is none, or while descriptors have not been taken."""
+        if not self._outbox:
+            return None
+        call, carrier = self._outbox[0], self._fd_call
+        held = carrier is not None and carrier.started and carrier is not call
+        return None if held else call
+
     def _flush(self) -> None:
         """Send what the socket takes now; leave the rest to the writer task."""
         if self._socket is None:
             if self._outbox:
                 self._writer_needed.set()
             return
-        while self._outbox and not self._deaf:
-            call = self._outbox[0]
+        while not self._deaf and (call := self._next_to_leave()) is not None:
             try:
                 if call.unsent_fds:
                     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, call.unsent_fds)
@@ -587,14 +621,13 @@ class Monitor:
                 await anyio.sleep(_DRAIN_S)
                 self._shut("QEMU does not read its monitor any more")
                 self._scope.cancel()
-            elif not self._outbox:
+            elif (call := self._next_to_leave()) is None:
                 self._writer_needed = anyio.Event()
                 await self._writer_needed.wait()
             elif self._socket is not None:
                 await anyio.wait_writable(self._socket)
                 self._flush()
             else:
-                call = self._outbox[0]
                 call.started = True
                 try:
                     await self._stream.send(bytes(call.unsent))
@@ -635,7 +668,7 @@ class Monitor:
             await self._receive()
         arguments = {"enable": ["oob"]} if self._greeting.oob else None
         call_id, line = self._codec.command("qmp_capabilities", arguments)
-        call = _Call(call_id, line, fds=(), in_band=True)
+        call = _Call(call_id, line, name="qmp_capabilities", fds=(), in_band=True)
         self._submit(call)
         while call.outcome is None:
             await self._receive()
@@ -646,7 +679,7 @@ class Monitor:
             self._state = _State.OPEN
 
     async def _receive(self) -> None:
-        data = await self._stream.receive(_RECEIVE_BYTES)
+        data = await self._receive_bytes()
         # Bytes may win against a cancellation, but nothing is dispatched any more once the monitor has been shut.
         await anyio.lowlevel.checkpoint_if_cancelled()
         try:
@@ -655,6 +688,25 @@ class Monitor:
             self._dispatch(error.messages)
             raise
         self._dispatch(messages)
+
+    async def _receive_bytes(self) -> bytes:
+        if self._socket is None:
+            return await self._stream.receive(_RECEIVE_BYTES)
+        # Not through the stream: it gives the loop a turn before each look, and asyncio describes its socket anew for
+        # each wait, a fifth of what Python does in a migration.
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                await anyio.wait_readable(self._socket.fileno())
+            except OSError as error:
+                raise anyio.BrokenResourceError from error
+            else:
+                if not data:
+                    raise anyio.EndOfStream
+                if len(data) == _RECEIVE_BYTES:
+                    await anyio.lowlevel.checkpoint()  # a flood: others get their turn
+                return data
 
     def _dispatch(self, messages: Sequence[Message]) -> None:
         for message in messages:

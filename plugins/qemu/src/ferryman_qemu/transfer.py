@@ -25,9 +25,9 @@ import anyio.to_thread
 
 from ferryman.errors import HypervisorError, InDoubtError, PerformError
 from ferryman.hookspecs import PerformReply, PerformRequest
-from ferryman.types import GuestState, Side, TransferStatistics
+from ferryman.types import GuestState, MigrationOptions, Side, TransferStatistics
 from ferryman.uri import MigrationURI
-from ferryman_qemu.monitor import MonitorClosedError, MonitorError, MonitorTimeout
+from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -52,12 +52,21 @@ _SAMPLE_APART_S = 0.05
 _STOPPED_STATES = ("finish-migrate", "postmigrate")
 
 
-def parameters(bandwidth_bytes_per_s: int | None, max_downtime_ms: int | None) -> dict[str, int]:
-    """QEMU's migration parameters; a bandwidth of 0 is no cap."""
-    return {
-        "max-bandwidth": bandwidth_bytes_per_s or 0,
-        "downtime-limit": max_downtime_ms or DEFAULT_DOWNTIME_MS,
-    }
+def capabilities(*names: str) -> Command:
+    """The command that switches capabilities of QEMU's migrations on."""
+    states = [{"capability": name, "state": True} for name in names]
+    return Command("migrate-set-capabilities", {"capabilities": states})
+
+
+def parameters(options: MigrationOptions) -> Command:
+    """The command that sets what a source is asked for; a bandwidth of 0 is no cap."""
+    return Command(
+        "migrate-set-parameters",
+        {
+            "max-bandwidth": options.bandwidth_bytes_per_s or 0,
+            "downtime-limit": options.max_downtime_ms or DEFAULT_DOWNTIME_MS,
+        },
+    )
 
 
 class Transfer:
@@ -109,32 +118,23 @@ class Transfer:
         self.begun.set()
 
     async def _migrate(self, stream: socket.socket) -> None:
-        guest, options = self._guest, self._request.options
+        """Tell QEMU to send; where it gets no descriptor, the command for that fails too."""
+        guest = self._guest
+        commands = (
+            Command("query-status"),
+            Command("getfd", {"fdname": _FD_NAME}, [stream.fileno()]),
+            Command("migrate", {"uri": f"fd:{_FD_NAME}"}),
+        )
         async with guest.lock:
             try:
-                status = await guest.control.execute("query-status")
-                self._was_running = status["status"] == "running"
-                await guest.control.execute(
-                    "migrate-set-capabilities",
-                    {
-                        "capabilities": [
-                            {"capability": "events", "state": True},
-                            {"capability": "return-path", "state": True},
-                        ]
-                    },
-                )
-                await guest.control.execute(
-                    "migrate-set-parameters",
-                    parameters(options.bandwidth_bytes_per_s, options.max_downtime_ms),
-                )
-                await guest.control.execute("getfd", {"fdname": _FD_NAME}, fds=[stream.fileno()])
-                await guest.control.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+                status, *_ = await guest.control.execute_all(commands)
             except MonitorClosedError:
                 raise
             except MonitorTimeout as error:
                 raise InDoubtError(str(error), evidence_missing="QEMU's answer", side=Side.SOURCE) from error
             except MonitorError as error:
                 raise self._failed(str(error)) from error
+        self._was_running = status["status"] == "running"
 
     async def _follow(self, events: EventStream) -> PerformReply:
         try:
@@ -322,4 +322,4 @@ def statistics_of(info: dict[str, Any]) -> TransferStatistics:
     )
 
 
-__all__ = ["Transfer", "connect_stream", "parameters", "settle_source", "statistics_of"]
+__all__ = ["Transfer", "capabilities", "connect_stream", "parameters", "settle_source", "statistics_of"]
