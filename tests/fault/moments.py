@@ -37,7 +37,13 @@ def _wrote(record: str) -> Test:
 _MOMENTS: dict[str, tuple[type[Any], str, Test]] = {
     # The receiver's process was started, and nobody has written its number down.
     "receiver-started": (Process, "spawn", lambda argv, **_named: "-incoming" in argv),
-    "receiver-listens": (Guest, "command", lambda _guest, name, *_rest: bool(name == "migrate-incoming")),
+    # It answers, and has not been told anything; the plan may still be under way.
+    "receiver-up": (Guest, "start", lambda record, *_rest, **_named: bool(record.migration)),
+    "receiver-listens": (
+        Guest,
+        "command_all",
+        lambda _guest, *commands: any(command.name == "migrate-incoming" for command in commands),
+    ),
     # The source's QEMU was told to send, and has not answered.
     "migrate-sent": (Monitor, "_submit", lambda _monitor, call: b'"execute":"migrate"' in bytes(call.unsent)),
     "sending": (Transfer, "_migrate", _always),

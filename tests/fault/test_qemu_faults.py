@@ -160,7 +160,7 @@ async def test_the_receiver_dies_while_it_is_prepared(field: Field) -> None:
     async with both(field) as (a, b):
         domain = await start(field, a)
         with (
-            at("receiver-listens", partial(kill, field.roots[1])) as passed,
+            at("receiver-up", partial(kill, field.roots[1])) as passed,
             pytest.raises(PrepareError) as caught,
         ):
             await domain.migrate(b)
@@ -872,6 +872,7 @@ def begun(field: Field) -> Field:
 AT_EVERY_STEP = {
     "wrote-begun": 0,
     "receiver-started": 0,
+    "receiver-up": 0,
     "receiver-listens": 0,
     "wrote-prepared": 0,
     "wrote-handing": 0,

@@ -63,7 +63,10 @@ def test_the_generation_only_rises(path: Path) -> None:
 async def test_open_rows_are_those_that_are_not_settled(path: Path) -> None:
     journal = Journal.open(path)
     first, second = await journal.write(row(1)), await journal.write(row(2))
-    await journal.settle(first)
+    journal.settle(first)
+    assert journal.open_rows() == [first, second]
+    journal.close()
+    journal = Journal.open(journal.path)
     assert journal.open_rows() == [second]
     assert [r.generation for r in journal.rows_of(first.uuid)] == [2, 1]
     journal.close()

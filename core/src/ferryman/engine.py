@@ -58,6 +58,7 @@ from ferryman.hookspecs import (
     ConfirmRequest,
     DomainRequest,
     EvidenceRequest,
+    ExpectRequest,
     FinishRequest,
     PerformReply,
     PerformRequest,
@@ -157,6 +158,11 @@ class Confirmed:
     guest_gone: bool = False
 
 
+def new_migration_id() -> MigrationId:
+    """An id that no migration has had."""
+    return MigrationId(secrets.token_hex(16))
+
+
 class Endpoint(Protocol):
     """What a caller, or another host, can say to one host about migrations."""
 
@@ -164,8 +170,15 @@ class Endpoint(Protocol):
     def address(self) -> str:
         """Connection URI by which this host can be asked."""
 
-    async def begin(self, domain: DomainInfo, options: MigrationOptions) -> Begun:
+    async def begin(
+        self, domain: DomainInfo, options: MigrationOptions, *, migration_id: MigrationId | None = None
+    ) -> Begun:
         """Lock a domain and write its passport."""
+
+    async def expect(
+        self, migration_id: MigrationId, domain: DomainInfo, definition: str, options: MigrationOptions
+    ) -> None:
+        """Start what prepare will need, until this is cancelled."""
 
     async def prepare(
         self, cookie: bytes, domain: DomainInfo, definition: str, options: MigrationOptions, *, paused: bool
@@ -209,6 +222,8 @@ class _Run:
     stale: bool = False
     """A write failed, so the journal must be read before anything else is done."""
     lease_end: float = math.inf
+    lease_ending: bool = False
+    """Something is being done about its end."""
     transfer: anyio.CancelScope | None = None
     transfer_request: PerformRequest | None = None
     transfer_reply: PerformReply | None = None
@@ -248,6 +263,8 @@ class Host:
         self._start = start
         self._runs: dict[tuple[Side, MigrationId], _Run] = {}
         self._admitting: set[DomainUUID] = set()
+        self._next_look = math.inf
+        self._look_sooner = anyio.Event()
 
     @property
     def address(self) -> str:
@@ -278,7 +295,11 @@ class Host:
         return [run.row for run in self._runs.values() if not run.done]
 
     async def recover(self) -> None:
-        """Settle every open row of the journal, as far as this host can alone; ask for the rest in the background."""
+        """Settle every open row of the journal, as far as this host can alone; ask for the rest in the background.
+
+        Called once, before anything else.
+        """
+        self._start(self._watch_leases)
         for row in self._journal.open_rows():
             run = _Run(side=row.side, state=fall_back(row.record), row=row)
             self._runs[row.side, row.migration_id] = run
@@ -292,6 +313,7 @@ class Host:
                     row.name,
                     error,
                 )
+                self._lease(run)
             if not run.done and run.state in (State.STOPPED, State.SILENT):
                 self._start(lambda run=run: self._ask_until_answered(run))  # type: ignore[misc]
         await self._hook_unless_missing(
@@ -300,16 +322,23 @@ class Host:
 
     # Source
 
-    async def begin(self, domain: DomainInfo, options: MigrationOptions) -> Begun:
+    async def begin(
+        self, domain: DomainInfo, options: MigrationOptions, *, migration_id: MigrationId | None = None
+    ) -> Begun:
         """Lock a domain to a new migration.
 
+        :param migration_id: a new one, made by the caller; None makes one here.
+        :raises PaperError: the id was used before.
         :raises BeginError: nothing was changed. :raises DomainBusyError: another migration of it is open.
         :cancellation: nothing is left.
         """
         self.require_free(domain.uuid, domain.name)
         with self._admit(domain.uuid):
             await self._journal.require_room()
-            migration_id = MigrationId(secrets.token_hex(16))
+            if migration_id is None:
+                migration_id = new_migration_id()
+            elif self._journal.read(Side.SOURCE, migration_id) is not None:
+                raise PaperError(f"migration {migration_id} began here before, and an id is used once")
             reply = await self._begin_hook(BeginRequest(id=migration_id, domain=domain, options=options))
             row = MigrationRow(
                 side=Side.SOURCE,
@@ -449,6 +478,27 @@ class Host:
         await self._hooks.call("migrate_tune", request, type(None))
 
     # Destination
+
+    async def expect(
+        self, migration_id: MigrationId, domain: DomainInfo, definition: str, options: MigrationOptions
+    ) -> None:
+        """Let the driver start what prepare will need.  Nothing is written down, and nothing fails here.
+
+        :cancellation: ends what prepare has not taken over, and comes when prepare has returned or will not be called.
+        """
+        if not self._hooks.has("migrate_expect"):
+            return
+        try:
+            request = ExpectRequest(
+                id=migration_id,
+                uuid=domain.uuid,
+                name=options.name or domain.name,
+                definition=rename_definition(definition, options.name) if options.name else definition,
+                options=options,
+            )
+            await self._hooks.call("migrate_expect", request, type(None))
+        except FerrymanError as error:
+            _log.info("nothing was started ahead for domain %s: %s", domain.name, error)
 
     async def prepare(
         self, cookie: bytes, domain: DomainInfo, definition: str, options: MigrationOptions, *, paused: bool
@@ -665,7 +715,7 @@ class Host:
             case Action.ADOPT:
                 await self._adopt(run)
             case Action.SETTLE:
-                await self._settle(run)
+                self._settle(run)
             case _:
                 assert_never(action)
         return None
@@ -773,18 +823,13 @@ class Host:
         )
         run.confirm_reply = await self._hooks.call("migrate_confirm", request, ConfirmReply)
 
-    async def _settle(self, run: _Run) -> None:
+    def _settle(self, run: _Run) -> None:
         if not run.adopted:
             return  # done again by the lease's watch or by the next opening
         run.done = True
         run.sending.set()
         self._runs.pop((run.side, run.row.migration_id), None)
-        try:
-            await self._journal.settle(run.row)
-        except JournalError as error:
-            _log.warning(
-                "migration %s ended, but its end could not be noted: %s", run.row.migration_id, error
-            )
+        self._journal.settle(run.row)
 
     def _finish_request(self, run: _Run, verdict: Verdict) -> FinishRequest:
         return FinishRequest(
@@ -862,19 +907,32 @@ class Host:
     def _lease(self, run: _Run) -> None:
         """Let an undecided side give up by itself when its caller is gone (rule 5)."""
         run.lease_end = anyio.current_time() + run.options.lease_s
-        self._start(lambda: self._watch_lease(run))
+        if run.lease_end < self._next_look:
+            self._look_sooner.set()
 
-    async def _watch_lease(self, run: _Run) -> None:
-        while not run.done:
-            left_s = run.lease_end - anyio.current_time()
-            if left_s > 0:
-                await anyio.sleep(left_s)
+    async def _watch_leases(self) -> None:
+        """Wait for the first lease to end, of all; one that is renewed meanwhile is only looked at too early."""
+        while True:
+            self._look_sooner = anyio.Event()
+            watched = [run for run in self._runs.values() if not run.done and not run.lease_ending]
+            self._next_look = min((run.lease_end for run in watched), default=math.inf)
+            now = anyio.current_time()
+            if self._next_look > now:
+                with anyio.move_on_after(self._next_look - now):
+                    await self._look_sooner.wait()
                 continue
-            try:
-                await self._lease_ended(run)
-            except FerrymanError as error:
-                _log.warning("migration %s could not be settled yet: %s", run.row.migration_id, error)
-            run.lease_end = anyio.current_time() + run.options.lease_s
+            for run in watched:
+                if run.lease_end <= now:
+                    run.lease_ending = True
+                    self._start(lambda run=run: self._end_lease(run))  # type: ignore[misc]
+
+    async def _end_lease(self, run: _Run) -> None:
+        try:
+            await self._lease_ended(run)
+        except FerrymanError as error:
+            _log.warning("migration %s could not be settled yet: %s", run.row.migration_id, error)
+        run.lease_ending = False
+        self._lease(run)
 
     async def _lease_ended(self, run: _Run) -> None:
         """Do what a side does by itself: give up, refuse, look again, or ask."""

@@ -198,6 +198,17 @@ class BeginReply:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectRequest:
+    """A domain may be about to come: fields as in :class:`PrepareRequest`, which follows with the same id, or never."""
+
+    id: MigrationId
+    uuid: DomainUUID
+    name: str
+    definition: str
+    options: MigrationOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareRequest:
     """Make ready to receive a domain.
 
@@ -469,6 +480,18 @@ class DriverHooks:
         Without it the definition is that of ``domain_definition`` and the process has no identity.
 
         :raises BeginError: nothing was changed.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_expect(self, request: ExpectRequest) -> None:
+        """Start what ``migrate_prepare`` will need, while the plan is still being made and the source begins.
+
+        Runs until it is cancelled, or until there is nothing to wait for.  Its errors are logged and nothing else:
+        what is missing is ``migrate_prepare``'s to start and to tell.  Without it nothing is started ahead.
+
+        :cancellation: ends what ``migrate_prepare`` has not taken over; it comes once that has returned, or will not
+            be called.
         """
         raise NotImplementedError
 

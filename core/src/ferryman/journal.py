@@ -107,6 +107,7 @@ class Journal:
         self._reader = reader
         self._sequence = sequence
         self._mark = mark
+        self._settled: list[tuple[str, str, str]] = []
         self._reserve = path.with_name(path.name + ".reserve")
         self._lock = threading.Lock()
         self._reading = threading.Lock()
@@ -144,6 +145,12 @@ class Journal:
         """Close the journal; what was written stays. Doing it twice is harmless."""
         with self._lock, self._reading:
             if self._mark >= 0:
+                try:
+                    self._database.execute("BEGIN IMMEDIATE")
+                    self._note_settled()
+                    self._database.execute("COMMIT")
+                except sqlite3.Error as error:
+                    _log.warning("the end of %d migrations could not be noted: %s", len(self._settled), error)
                 self._reader.close()
                 self._database.close()
                 os.close(self._mark)
@@ -170,17 +177,14 @@ class Journal:
         if not self._reserve_is_whole():
             await anyio.to_thread.run_sync(self._fill_reserve, limiter=self._limiter)
 
-    async def settle(self, row: MigrationRow) -> None:
-        """Note that a decided row's last actions are done.
+    def settle(self, row: MigrationRow) -> None:
+        """Note that a decided row's last actions are done; costs nothing now.
 
-        Not awaited by the disk: a note that a crash loses makes the next opening do those actions again, which is
-        harmless.
-
-        :raises JournalError: the note could not be written.
-        :cancellation: shielded.
+        The note is written with the next row, or when the journal is closed.  One that a crash loses makes the next
+        opening do those actions again, which is harmless.
         """
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.settle_now, row, limiter=self._limiter)
+        # Without the lock, which a writer holds while the disk works: one append is one step of the interpreter.
+        self._settled.append((row.side.value, row.migration_id, row.record.value))
 
     def read(self, side: Side, migration_id: MigrationId) -> MigrationRow | None:
         """Read the row of one migration on one side."""
@@ -220,21 +224,6 @@ class Journal:
             except sqlite3.Error as error:
                 raise JournalError(f"the journal {self.path} could not be written: {error}") from error
 
-    def settle_now(self, row: MigrationRow) -> None:
-        """Do :meth:`settle` in this thread."""
-        with self._lock:
-            try:
-                self._database.execute("PRAGMA synchronous=NORMAL")
-                try:
-                    self._database.execute(
-                        "UPDATE migrations SET settled = 1 WHERE side = ? AND id = ? AND record = ?",
-                        (row.side.value, row.migration_id, row.record.value),
-                    )
-                finally:
-                    self._database.execute("PRAGMA synchronous=FULL")
-            except sqlite3.Error as error:
-                raise JournalError(f"the journal {self.path} could not be written: {error}") from error
-
     def _commit_from_reserve(self, row: MigrationRow) -> MigrationRow:
         _log.warning(
             "the journal's disk is full: the reserve pays for a decision", extra={"path": str(self.path)}
@@ -255,6 +244,7 @@ class Journal:
             written = replace(written, receipt=Receipt(journal_id=self.journal_id, sequence=sequence))
         try:
             self._database.execute("BEGIN IMMEDIATE")
+            noted = self._note_settled()
             self._database.execute(
                 f"INSERT OR REPLACE INTO migrations ({_COLUMNS}) VALUES ({', '.join('?' * 15)})",  # noqa: S608
                 _to_columns(written),
@@ -272,9 +262,17 @@ class Journal:
                 self._database.execute("ROLLBACK")
             raise
         self._sequence = sequence
+        del self._settled[:noted]
         # The mark follows the journal and is never ahead of it, so a crash between the two only weakens the check.
         os.pwrite(self._mark, _MARK.pack(bytes.fromhex(self.journal_id), sequence), 0)
         return written
+
+    def _note_settled(self) -> int:
+        notes = list(self._settled)
+        self._database.executemany(
+            "UPDATE migrations SET settled = 1 WHERE side = ? AND id = ? AND record = ?", notes
+        )
+        return len(notes)
 
     def _reserve_is_whole(self) -> bool:
         try:

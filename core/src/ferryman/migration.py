@@ -22,11 +22,12 @@ import logging
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import anyio
 
-from ferryman.engine import Finished, Performed, Prepared
+from ferryman.engine import Finished, Performed, Prepared, new_migration_id
 from ferryman.errors import (
     BeginError,
     ConfirmError,
@@ -47,6 +48,7 @@ from ferryman.handover import Cookie, PaperKind, decode_cookie, encode_cookie
 from ferryman.hookspecs import ObservedEvent
 from ferryman.plan import make_plan
 from ferryman.types import (
+    DomainInfo,
     Feature,
     GuestState,
     MigrationEvent,
@@ -122,6 +124,8 @@ class MigrationJob:
         self._sending = anyio.Event()
         self._abort_asked = anyio.Event()
         self._phase_scope: anyio.CancelScope | None = None
+        self._own_id = new_migration_id()
+        self._expecting = anyio.CancelScope()
         self._start_s = 0.0
         self._events: deque[MigrationEvent] = deque(maxlen=_PROGRESS_KEPT)
         self._events_seen = 0
@@ -236,7 +240,7 @@ class MigrationJob:
                 self._show_events(beside)
                 state, code = GuestState.SOURCE, None
                 try:
-                    plan = await self._planned()
+                    plan = await self._planned(beside)
                     self._start_s = anyio.current_time()
                     self._result = await self._phases(plan, beside)
                     state = GuestState.DESTINATION
@@ -248,14 +252,20 @@ class MigrationJob:
                         state = error.guest_state or GuestState.SOURCE
                 finally:
                     # Everything that runs beside the phases ends by these.
+                    self._expecting.cancel()
                     self._sending.set()
                     self._abort_asked.set()
                     self._done.set()
                     self._emit(SettledEvent(guest_state=state, elapsed_ms=self._elapsed_ms(), error=code))
 
-    async def _planned(self) -> Plan:
+    async def _planned(self, beside: TaskGroup) -> Plan:
         with self._abortable():
-            plan = await make_plan(self.domain, self.destination, self.options)
+            plan = await make_plan(
+                self.domain,
+                self.destination,
+                self.options,
+                likely=partial(self._start_expecting, beside),
+            )
         self._check_abort(None, None)
         if self._shown is not None:
             changes = self._shown.changes(plan)
@@ -276,9 +286,19 @@ class MigrationJob:
             )
         return plan
 
+    def _start_expecting(
+        self, beside: TaskGroup, domain: DomainInfo, definition: str, options: MigrationOptions
+    ) -> None:
+        beside.start_soon(self._expect, domain, definition, options)
+
+    async def _expect(self, domain: DomainInfo, definition: str, options: MigrationOptions) -> None:
+        """Let the destination start what it will need, until it has prepared or will not."""
+        with self._expecting:
+            await self.destination.host.expect(self._own_id, domain, definition, options)
+
     async def _phases(self, plan: Plan, beside: TaskGroup) -> MigrationResult:
         with self._phase(Phase.BEGIN, Side.SOURCE):
-            begun = await plan.source.host.begin(plan.info, plan.effective)
+            begun = await plan.source.host.begin(plan.info, plan.effective, migration_id=self._own_id)
         self.id = begun.id
         beside.start_soon(self._renew, plan, begun.id)
         prepared = await self._prepare(plan, begun)
@@ -331,6 +351,7 @@ class MigrationJob:
             self._rolled_back.append("the source unlocked the domain")
             raise
         assert prepared is not None
+        self._expecting.cancel()
         return prepared
 
     async def _perform(self, plan: Plan, begun: Begun, prepared: Prepared) -> Performed:

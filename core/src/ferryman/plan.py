@@ -20,6 +20,8 @@ from ferryman.types import DomainInfo, Finding, FindingSeverity, MigrationOption
 from ferryman.uri import MigrationURI
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ferryman.capabilities import Capabilities
     from ferryman.connection import Connection, Domain
     from ferryman.migration import MigrationJob
@@ -110,9 +112,17 @@ class Plan:
         return "\n".join(lines)
 
 
-async def make_plan(domain: Domain, destination: Connection, options: MigrationOptions) -> Plan:
+async def make_plan(
+    domain: Domain,
+    destination: Connection,
+    options: MigrationOptions,
+    *,
+    likely: Callable[[DomainInfo, str, MigrationOptions], None] | None = None,
+) -> Plan:
     """Look at both hosts and plan; changes nothing.
 
+    :param likely: told what would move, by its definition and under which options, as soon as that is known and
+        nothing that the core sees by itself stands against it; the drivers are asked after that.
     :raises FerrymanError: a host could not be asked. What stops the migration is a blocker, not an error.
     :cancellation: nothing is left.
     """
@@ -145,6 +155,8 @@ async def make_plan(domain: Domain, destination: Connection, options: MigrationO
         *_check_options(options, negotiation),
         *_check_locks(source, destination, info),
     ]
+    if likely is not None and not findings:
+        likely(info, definition, used)
     sides = _Checks()
     if not any(f.code == "driver-mismatch" for f in findings):
         async with anyio.create_task_group() as tasks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ferryman.definition import definition_error, from_root, parse_definition
@@ -80,6 +81,15 @@ def read_machine(text: str) -> Machine:
     :raises DefinitionError: an element, an attribute or a value is not understood: names it and its line.
     """
     return _read(parse_definition(text))
+
+
+@lru_cache(maxsize=256)
+def read_pinned(text: str) -> Machine:
+    """Read a definition that :func:`pin` has been over; the last ones are remembered.
+
+    Not for others: one without a uuid would get the same one each time.
+    """
+    return read_machine(text)
 
 
 def _read(definition: Definition) -> Machine:
@@ -519,7 +529,7 @@ def build_argv(
 
     The guest never starts by itself (``-S``), and a receiver listens only when it is told to (``-incoming defer``).
 
-    :param control_fd: listening socket of the monitor that changes state; ``read_fd``: of the one that reads.
+    :param control_fd: listening socket of the monitor that changes state; ``read_fd``: of the one for others.
     :param pidfile: also the argument by which the process is found if its number was never written down.
     """
     definition = machine.definition
@@ -643,4 +653,13 @@ def boot_paths(machine: Machine) -> tuple[str, ...]:
     return tuple(path for path in (machine.kernel, machine.initrd) if path)
 
 
-__all__ = ["DefinitionError", "Machine", "boot_paths", "build_argv", "disk_paths", "pin", "read_machine"]
+__all__ = [
+    "DefinitionError",
+    "Machine",
+    "boot_paths",
+    "build_argv",
+    "disk_paths",
+    "pin",
+    "read_machine",
+    "read_pinned",
+]

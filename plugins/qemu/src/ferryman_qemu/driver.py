@@ -10,7 +10,7 @@ import socket
 import stat
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import anyio
 import anyio.to_thread
 
 from ferryman.capabilities import Capabilities
-from ferryman.definition import definition_error, parse_definition
+from ferryman.definition import definition_error
 from ferryman.errors import (
     BeginError,
     DefinitionError,
@@ -42,6 +42,7 @@ from ferryman.hookspecs import (
     DefinitionRequest,
     DomainRequest,
     EvidenceRequest,
+    ExpectRequest,
     FinishRequest,
     HostRequest,
     LookupRequest,
@@ -74,7 +75,15 @@ from ferryman.types import (
     TransferStatistics,
 )
 from ferryman.uri import MigrationURI
-from ferryman_qemu.commandline import Machine, boot_paths, build_argv, disk_paths, pin, read_machine
+from ferryman_qemu.commandline import (
+    Machine,
+    boot_paths,
+    build_argv,
+    disk_paths,
+    pin,
+    read_machine,
+    read_pinned,
+)
 from ferryman_qemu.guest import Guest
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
 from ferryman_qemu.probe import Emulator, find_emulator, probe
@@ -116,6 +125,14 @@ _EVIDENCE = {
 _EVENTS = {"STOP": DomainEventKind.SUSPENDED, "RESUME": DomainEventKind.RESUMED}
 
 
+@dataclass(eq=False, slots=True)
+class _Expected:
+    """A receiver that is started ahead; whoever takes the guest out of it ends it."""
+
+    started: anyio.Event = field(default_factory=anyio.Event)
+    guest: Guest | None = None
+
+
 class QemuDriver:
     """Driver of the scheme ``qemu``."""
 
@@ -127,6 +144,7 @@ class QemuDriver:
         self._defined: dict[DomainUUID, str] = {}
         self._guests: dict[DomainUUID, Guest] = {}
         self._receivers: dict[MigrationId, Guest] = {}
+        self._expected: dict[MigrationId, _Expected] = {}
         self._reserved: dict[DomainUUID, str] = {}
         self._transfers: dict[MigrationId, Transfer] = {}
 
@@ -215,7 +233,7 @@ class QemuDriver:
             if guest.record.name == request.name:
                 return await self._info(uuid)
         for uuid, definition in self._defined.items():
-            if parse_definition(definition).name == request.name:
+            if read_pinned(definition).definition.name == request.name:
                 return await self._info(uuid)
         raise DomainNotFoundError(f"no domain {request.name} in {self._root.path}", domain=request.name or "")
 
@@ -227,7 +245,7 @@ class QemuDriver:
         text = guest.record.definition if guest is not None else self._defined.get(uuid)
         if text is None:
             raise DomainNotFoundError(f"no domain with uuid {uuid} in {self._root.path}", domain=uuid)
-        definition = parse_definition(text)
+        definition = read_pinned(text).definition
         return DomainInfo(
             name=definition.name,
             uuid=uuid,
@@ -245,13 +263,12 @@ class QemuDriver:
             if reserved == name:
                 return uuid
         for uuid, text in self._defined.items():
-            if parse_definition(text).name == name:
+            if read_pinned(text).definition.name == name:
                 return uuid
         return None
 
-    def _read(self, text: str) -> Machine:
-        """Read a definition whose name is free."""
-        machine = read_machine(text)
+    def _admit(self, machine: Machine) -> Machine:
+        """Let a machine in whose name is free or its own."""
         definition = machine.definition
         owner = self._name_owner(definition.name)
         if owner is not None and owner != definition.uuid:
@@ -284,7 +301,7 @@ class QemuDriver:
 
     @hookimpl
     async def domain_define(self, request: DefinitionRequest) -> DomainInfo:
-        machine = self._pin(self._read(request.definition))
+        machine = self._pin(self._admit(read_machine(request.definition)))
         definition = machine.definition
         self._root.write_definition(definition.uuid, definition.render())
         self._defined[definition.uuid] = definition.render()
@@ -293,7 +310,7 @@ class QemuDriver:
 
     @hookimpl
     async def domain_create(self, request: DefinitionRequest) -> DomainInfo:
-        machine = self._pin(self._read(request.definition))
+        machine = self._pin(self._admit(read_machine(request.definition)))
         definition = machine.definition
         if definition.uuid in self._guests or definition.uuid in self._reserved:
             raise DomainExistsError(f"domain {definition.name} is active already", domain=definition.name)
@@ -328,9 +345,7 @@ class QemuDriver:
             del self._reserved[definition.uuid]
         self._tell(DomainEventKind.STARTED, definition.name, definition.uuid)
 
-    async def _spawn(
-        self, machine: Machine, *, persistent: bool, migration: str = "", socket: str = ""
-    ) -> Guest:
+    async def _spawn(self, machine: Machine, *, persistent: bool, migration: str = "") -> Guest:
         definition = machine.definition
         run: RunDirectory = self._root.new_run_directory()
         return await Guest.start(
@@ -340,7 +355,6 @@ class QemuDriver:
                 definition=definition.render(),
                 persistent=persistent,
                 migration=migration,
-                socket=socket,
             ),
             run,
             lambda control, read: build_argv(
@@ -436,7 +450,7 @@ class QemuDriver:
         return self._check_destination(request)
 
     async def _check_source(self, request: CheckRequest) -> CheckReply:
-        machine = read_machine(request.definition)
+        machine = read_pinned(request.definition)
         guest = self._guests.get(request.domain.uuid)
         findings = await self._check_guest(guest, machine) if guest is not None else []
         opened = guest.process.opened_files() if guest is not None else None
@@ -445,7 +459,8 @@ class QemuDriver:
 
     async def _check_guest(self, guest: Guest, machine: Machine) -> list[Finding]:
         findings: list[Finding] = []
-        status, info = (await guest.ask("query-status"))["status"], await guest.ask("query-migrate")
+        state, info = await guest.command_all(Command("query-status"), Command("query-migrate"))
+        status = state["status"]
         if status in ("guest-panicked", "internal-error", "io-error", "shutdown"):
             findings.append(
                 _blocker(
@@ -493,7 +508,7 @@ class QemuDriver:
         findings: list[Finding] = []
         side = Side.DESTINATION
         try:
-            machine = read_machine(request.definition)
+            machine = read_pinned(request.definition)
         except DefinitionError as error:
             return CheckReply(
                 findings=(_blocker("definition-unknown", side, error.message, "change the definition"),)
@@ -627,7 +642,7 @@ class QemuDriver:
         with guest.control.events("MIGRATION") as events:
             await guest.command("migrate_cancel")
             with anyio.move_on_after(_CANCEL_PATIENCE_S):
-                while (await guest.ask("query-migrate")).get("status") in _ACTIVE:
+                while (await guest.command("query-migrate")).get("status") in _ACTIVE:
                     await events.get()
 
     @hookimpl
@@ -668,19 +683,14 @@ class QemuDriver:
             listen, propose = _listen_uri(request)
             if listen.startswith("unix:"):
                 _require_free(listen.removeprefix("unix:"))
-            machine = self._read(request.definition)
+            machine = self._arriving(request)
         except (DefinitionError, DomainExistsError) as error:
             raise PrepareError(error.message, side=Side.DESTINATION) from error
         if request.uuid in self._guests or request.uuid in self._reserved:
             raise PrepareError(f"domain {request.name} is active here already", side=Side.DESTINATION)
         self._reserved[request.uuid] = request.name
         try:
-            guest = await self._spawn(
-                machine,
-                persistent=request.options.persist,
-                migration=request.id,
-                socket=listen.removeprefix("unix:") if listen.startswith("unix:") else "",
-            )
+            guest = await self._receiver(machine, request)
         except BaseException as error:
             self._reserved.pop(request.uuid, None)
             if isinstance(error, HypervisorError):
@@ -688,6 +698,8 @@ class QemuDriver:
             raise
         self._receivers[request.id] = guest
         try:
+            if listen.startswith("unix:"):
+                guest.write(replace(guest.record, socket=listen.removeprefix("unix:")))
             *_, told = await guest.command_all(
                 capabilities("events", "return-path", "late-block-activate"),
                 Command("migrate-incoming", {"uri": listen}),
@@ -703,6 +715,47 @@ class QemuDriver:
                 ) from error
             raise
         return PrepareReply(migration_uri=uri, process=guest.process.identity)
+
+    def _arriving(self, request: PrepareRequest | ExpectRequest) -> Machine:
+        machine = self._admit(read_pinned(request.definition))
+        if machine.definition.uuid != request.uuid:
+            raise PrepareError(
+                f"the definition is of domain {machine.definition.uuid}, not of {request.uuid}",
+                side=Side.DESTINATION,
+            )
+        return machine
+
+    async def _receiver(self, machine: Machine, request: PrepareRequest) -> Guest:
+        """Start the process of a receiver, or take the one that was started ahead."""
+        expected = self._expected.pop(request.id, None)
+        if expected is not None:
+            await expected.started.wait()
+            guest, expected.guest = expected.guest, None
+            if guest is not None and guest.record.definition == machine.definition.render():
+                return guest
+            if guest is not None:
+                await guest.kill()
+        return await self._spawn(machine, persistent=request.options.persist, migration=request.id)
+
+    @hookimpl
+    async def migrate_expect(self, request: ExpectRequest) -> None:
+        machine = self._arriving(request)
+        if request.uuid in self._guests or request.uuid in self._reserved:
+            return
+        expected = self._expected[request.id] = _Expected()
+        try:
+            try:
+                expected.guest = await self._spawn(
+                    machine, persistent=request.options.persist, migration=request.id
+                )
+            finally:
+                expected.started.set()
+            await anyio.sleep_forever()
+        finally:
+            self._expected.pop(request.id, None)
+            if expected.guest is not None:
+                with anyio.CancelScope(shield=True):
+                    await expected.guest.kill()
 
     async def _discard(self, guest: Guest) -> None:
         self._reserved.pop(DomainUUID(guest.record.uuid), None)

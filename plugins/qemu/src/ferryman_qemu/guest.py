@@ -1,7 +1,8 @@
-"""One process of QEMU with its two monitors: ``control`` changes state, ``read`` only asks.
+"""One process of QEMU, driven through its monitor ``control``.
 
 INVARIANT: every command that changes the run state goes through ``control``, under :attr:`Guest.lock`.  A second way
-in could execute a late ``cont`` after the state was read.
+in could execute a late ``cont`` after the state was read.  QEMU has a second monitor, ``read``, for programs that look
+on; nothing here connects to it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import anyio
 
 from ferryman.errors import HypervisorError
 from ferryman.types import DomainState
-from ferryman_qemu.monitor import Command, Monitor, MonitorClosedError, MonitorError
+from ferryman_qemu.monitor import Command, Monitor, MonitorError
 from ferryman_qemu.process import Process, find_strays
 
 if TYPE_CHECKING:
@@ -51,16 +52,15 @@ class Guest:
         record: GuestRecord,
         run: RunDirectory,
         process: Process,
-        control: Monitor,
-        read: Monitor,
+        stream: anyio.abc.UNIXSocketStream,
         ended: Callable[[Guest, str], None],
         happened: Callable[[Guest, Event], None],
     ) -> None:
         self.record = record
         self.run = run
         self.process = process
-        self.control = control
-        self.read = read
+        self.control = Monitor(stream, name=record.name, heard=self._heard)
+        self.running = False
         self.lock = anyio.Lock()
         self.loaded = anyio.Event()
         self.incoming_failed = ""
@@ -89,13 +89,11 @@ class Guest:
         :cancellation: nothing is left.
         """
         process: Process | None = None
-        streams: list[anyio.abc.UNIXSocketStream] = []
+        stream: anyio.abc.UNIXSocketStream | None = None
         try:
-            run.write(record)
-            # Listening before it is started: the monitors answer when it is ready, and nobody has to look.
+            # Listening before it is started: the monitor answers when it is ready, and nobody has to look.
             with run.listen("control") as control, run.listen("read") as read:
-                for name in ("control", "read"):
-                    streams.append(await run.connect(name))
+                stream = await run.connect("control")
                 arguments = list(argv(control.fileno(), read.fileno()))
                 begin = _write_log(log, arguments)
                 process = Process.spawn(arguments, output=log, inherited=(control.fileno(), read.fileno()))
@@ -105,12 +103,11 @@ class Guest:
                 record=record,
                 run=run,
                 process=process,
-                control=Monitor(streams[0], name=record.name),
-                read=Monitor(streams[1], name=record.name),
+                stream=stream,
                 ended=ended,
                 happened=happened,
             )
-            await guest._connect(tasks)
+            await tasks.start(guest.control.run)
             if guest.control.closed:
                 with anyio.move_on_after(_QUIT_S):
                     await process.wait()
@@ -122,7 +119,7 @@ class Guest:
                     process.signal(SIGKILL)
                     await process.wait()
                     process.close()
-                for stream in streams:
+                if stream is not None:
                     await anyio.aclose_forcefully(stream)
                 run.remove()
             if isinstance(error, OSError):
@@ -144,7 +141,7 @@ class Guest:
     ) -> Guest | None:
         """Find the process that an earlier program started in this directory; clean up where there is none."""
         record = run.read()
-        if record is None or not record.identity:
+        if record is None:
             # Started and never written down, or never started: it has not run and nobody knows of it.
             for stray in find_strays(run.pidfile):
                 stray.signal(SIGKILL)
@@ -156,14 +153,10 @@ class Guest:
         if process is None:
             clean_up(run, record)
             return None
-        streams: list[anyio.abc.UNIXSocketStream] = []
         try:
-            for name in ("control", "read"):
-                streams.append(await run.connect(name))
+            stream = await run.connect("control")
         except OSError as error:
             process.close()
-            for stream in streams:
-                await anyio.aclose_forcefully(stream)
             raise HypervisorError(
                 f"domain {record.name} runs as process {process.pid}, but its monitor cannot be reached: {error}"
             ) from error
@@ -171,21 +164,17 @@ class Guest:
             record=record,
             run=run,
             process=process,
-            control=Monitor(streams[0], name=record.name),
-            read=Monitor(streams[1], name=record.name),
+            stream=stream,
             ended=ended,
             happened=happened,
         )
-        await guest._connect(tasks)
+        await tasks.start(guest.control.run)
         tasks.start_soon(guest._watch_process)
+        with suppress(
+            HypervisorError
+        ):  # one that is silent or ending is found out when it is asked for something
+            guest.running = await guest.run_state() == "running"
         return guest
-
-    async def _connect(self, tasks: TaskGroup) -> None:
-        async with anyio.create_task_group() as both:
-            both.start_soon(tasks.start, self.control.run)
-            both.start_soon(tasks.start, self.read.run)
-        if not self.control.closed:
-            await tasks.start(self._watch_events)
 
     # Watching
 
@@ -193,26 +182,23 @@ class Guest:
         await self.process.wait()
         with anyio.CancelScope(shield=True):
             await self.control.aclose()
-            await self.read.aclose()
         self.process.close()
         clean_up(self.run, self.record)
         self._ended(self, self.ending)
         # Last, so that who waits for it finds the guest gone everywhere.
         self.gone.set()
 
-    async def _watch_events(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        with (
-            suppress(MonitorClosedError),
-            self.control.events("STOP", "RESUME", "SHUTDOWN", "MIGRATION") as events,
-        ):
-            task_status.started()
-            while True:
-                event = await events.get()
-                if event.name == "SHUTDOWN":
-                    self.ending = self.ending or ("shut-down" if event.data.get("guest") else "")
-                elif event.name == "MIGRATION" and self.record.migration:
-                    self._incoming(str(event.data.get("status")))
-                self._happened(self, event)
+    def _heard(self, event: Event) -> None:
+        match event.name:
+            case "STOP":
+                self.running = False
+            case "RESUME":
+                self.running = True
+            case "SHUTDOWN":
+                self.ending = self.ending or ("shut-down" if event.data.get("guest") else "")
+            case "MIGRATION" if self.record.migration:
+                self._incoming(str(event.data.get("status")))
+        self._happened(self, event)
 
     def _incoming(self, status: str) -> None:
         if status == "completed":
@@ -223,13 +209,13 @@ class Guest:
 
     # Asking and commanding
 
-    async def ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Ask on the reading monitor. :raises HypervisorError: no answer, or a refusal."""
-        return await _execute(self.read, command, arguments)
-
     async def command(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Command on the controlling monitor; take :attr:`lock` for what changes the run state."""
-        return await _execute(self.control, command, arguments)
+        """Command one thing, or ask it; take :attr:`lock` for what changes the run state.
+
+        :raises HypervisorError: no answer, or a refusal.
+        """
+        (answer,) = await self.command_all(Command(command, arguments))
+        return answer
 
     async def command_all(self, *commands: Command) -> list[Any]:
         """Command several things in one go. :raises HypervisorError: the first that failed; all were executed."""
@@ -239,16 +225,20 @@ class Guest:
             raise HypervisorError(str(error)) from error
 
     async def run_state(self) -> str:
-        """QEMU's run state, asked in order with the commands of the controlling monitor."""
+        """QEMU's run state, asked in order with all commands."""
         return str((await self.command("query-status"))["status"])
 
     async def state(self) -> DomainState:
         """The domain's state; shut off where its process has ended meanwhile, and the driver has been told.
 
+        A guest that runs is known to by QEMU's events; QEMU is asked why one stands still.
+
         :raises HypervisorError: QEMU is there and does not answer.
         """
+        if self.running:
+            return DomainState.RUNNING
         try:
-            status = (await self.ask("query-status"))["status"]
+            status = await self.run_state()
         except HypervisorError:
             if await self.is_ending():
                 return DomainState.SHUT_OFF
@@ -256,8 +246,8 @@ class Guest:
         return _STATES.get(status, DomainState.PAUSED)
 
     async def is_ending(self) -> bool:
-        """Whether the process has ended; one that has closed a monitor is about to, and is waited for."""
-        if self.control.closed or self.read.closed:
+        """Whether the process has ended; one that has closed its monitor is about to, and is waited for."""
+        if self.control.closed:
             with anyio.move_on_after(_QUIT_S):
                 await self.gone.wait()
         return self.gone.is_set()
@@ -310,10 +300,3 @@ def clean_up(run: RunDirectory, record: GuestRecord) -> None:
     if record.socket and record.migration:
         Path(record.socket).unlink(missing_ok=True)
     run.remove()
-
-
-async def _execute(monitor: Monitor, command: str, arguments: dict[str, Any] | None) -> Any:
-    try:
-        return await monitor.execute(command, arguments)
-    except MonitorError as error:
-        raise HypervisorError(str(error)) from error

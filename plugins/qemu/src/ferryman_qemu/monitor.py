@@ -53,7 +53,7 @@ import anyio.lowlevel
 from ferryman_qemu.qmp import Event, Failure, Greeting, QMPCodec, QMPProtocolError, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from ferryman_qemu.qmp import Message
@@ -301,6 +301,8 @@ class Monitor:
     :param stream: connected, nothing read yet; the monitor owns it from here on.  A UNIX socket passes descriptors and
         sends without a task switch; any other byte stream does neither.
     :param name: of the domain or process behind it, for messages.
+    :param heard: is called with every event, in order, before anybody who waits for it or for a later answer; must
+        neither block nor raise.
     :param command_timeout_s: default limit for an answer, in seconds, at least 0; ``math.inf`` waits for ever.
     :param greeting_timeout_s: limit for greeting and negotiation together, in seconds; None means
         ``command_timeout_s``.
@@ -311,10 +313,12 @@ class Monitor:
         stream: anyio.abc.ByteStream,
         *,
         name: str,
+        heard: Callable[[Event], None] | None = None,
         command_timeout_s: float = 30.0,
         greeting_timeout_s: float | None = None,
     ) -> None:
         self.name = name
+        self._heard = heard
         self._stream = stream
         self._socket: socket.socket | None = (
             stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610 - no Django here
@@ -712,6 +716,8 @@ class Monitor:
         for message in messages:
             match message:
                 case Event():
+                    if self._heard is not None:
+                        self._heard(message)
                     for stream in self._streams:
                         stream._put(message)
                 case Failure(id=None):

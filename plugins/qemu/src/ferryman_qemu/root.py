@@ -9,11 +9,11 @@
     domains/<uuid>.xml      persistent definitions
     logs/<name>.log         command lines and what QEMU printed
     run/<nonce>/            one process of QEMU:
-        guest.json          who it is; written before it is started, and again when its pid is known
-        control, read       its monitors' sockets
+        guest.json          who it is; written when its pid is known
+        control, read       its monitors' sockets: the driver's, and one for programs that look on
         pid                 written by QEMU
 
-A process without a pid in its ``guest.json`` is found by its command line, so none is ever lost.
+A process without a ``guest.json`` is found by its command line, so none is ever lost.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GuestRecord:
     """What ``guest.json`` says of one process.
 
     :param migration: id of the migration that this process receives; '' for a domain.
-    :param identity: boot id, pid and start time; '' until the process was started.
+    :param identity: boot id, pid and start time.
     :param socket: unix socket that the receiver listens on; QEMU removes it unless it is killed.
     """
 

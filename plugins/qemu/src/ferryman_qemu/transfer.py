@@ -206,7 +206,7 @@ class Transfer:
     async def _reason(self) -> str:
         try:
             await settle_source(self._guest)
-            info = await self._guest.ask("query-migrate")
+            info = await self._guest.command("query-migrate")
         except HypervisorError as error:
             return error.message
         return str(info.get("error-desc") or f"the stream to {self._request.migration_uri} broke")
@@ -220,16 +220,17 @@ class Transfer:
         """Show counters when a pass over the memory ends, and now and then between."""
         with scope:
             while True:
+                # A transfer that is over before this is not asked while it is in a hurry.
+                await anyio.sleep(_SAMPLE_APART_S)
                 with anyio.move_on_after(_SAMPLE_S):
                     await self._sample_wanted.wait()
                 self._sample_wanted = anyio.Event()
                 try:
-                    info = await self._guest.ask("query-migrate")
+                    info = await self._guest.command("query-migrate")
                 except HypervisorError as error:
                     _log.info("the transfer's counters could not be read: %s", error)
                     return
                 self._request.progress(statistics_of(info))
-                await anyio.sleep(_SAMPLE_APART_S)
 
 
 async def settle_source(guest: Guest) -> str:
