@@ -95,7 +95,7 @@ class VerifyReport:
 class CounterGuest:
     """One choice of the guest's parameters; images, machines and checks of memory follow from it.
 
-    :param memory_bytes: a multiple of 1 MiB, up to 2 GiB.
+    :param memory_bytes: a multiple of 8 KiB, up to 2 GiB.
     :param tick_hz: 19 to 1000.
     :param page_count: how many pages of 4 KiB are written, from 2 MiB upwards; the last MiB of memory stays
         with the firmware.
@@ -112,8 +112,8 @@ class CounterGuest:
     prefill: bool = False
 
     def __post_init__(self) -> None:
-        if self.memory_bytes % (1024 * 1024) or not 0 < self.memory_bytes <= _LARGEST_MEMORY_BYTES:
-            raise ValueError(f"memory_bytes must be a multiple of 1 MiB up to 2 GiB, not {self.memory_bytes}")
+        if self.memory_bytes % 8192 or not 0 < self.memory_bytes <= _LARGEST_MEMORY_BYTES:
+            raise ValueError(f"memory_bytes must be a multiple of 8 KiB up to 2 GiB, not {self.memory_bytes}")
         if not _SLOWEST_TICK_HZ <= self.tick_hz <= _FASTEST_TICK_HZ:
             raise ValueError(f"tick_hz must be 19 to 1000, not {self.tick_hz}")
         most_pages = _most_pages(self.memory_bytes)

@@ -48,7 +48,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ferryman.errors import CapabilitiesError
@@ -360,6 +359,8 @@ def _encode(text: object) -> bytes:
 
 @cache
 def _schema_source() -> bytes:
+    from importlib.resources import files
+
     return files("ferryman").joinpath(_SCHEMA).read_bytes()
 
 

@@ -31,7 +31,6 @@ from ferryman.hookspecs import (
     OpenReply,
     OpenRequest,
 )
-from ferryman.journal import Journal
 from ferryman.registry import Hooks, open_driver
 from ferryman.types import (
     DomainEvent,
@@ -111,6 +110,8 @@ class Connection:
         if hooks.has("connection_close"):
             stack.push_async_callback(_close_host, hooks)
         address = reply.address or self.uri.render()
+        from ferryman.journal import Journal  # sqlite3 is loaded where a host is opened
+
         path = reply.journal or _default_journal(self.uri.scheme, address)
         journal = await anyio.to_thread.run_sync(Journal.open, path)
         stack.callback(journal.close)
