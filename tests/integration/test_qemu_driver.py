@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -37,7 +38,7 @@ from ferryman.types import DomainEventKind, DomainState, Feature, GuestState, Si
 from ferryman_qemu.driver import QemuDriver
 from ferryman_qemu.probe import Emulator
 from tests.guests.inspect import pids, run_directories
-from tests.guests.linux import LinuxGuest
+from tests.guests.linux import KERNEL_DIRECTORY, LinuxGuest
 from tests.qemu import MIB, NAME, PROMPT_S, Field, emulators, laid_out, need
 
 if TYPE_CHECKING:
@@ -600,16 +601,22 @@ def test_plan_names_and_places(hosts: tuple[Connection, Connection], field: Fiel
     domain.destroy()
 
 
-def test_plan_boot_files_and_emulators(field: Field) -> None:
-    """What the destination's QEMU has is in its cache, which says here what an older one would."""
-    with ferryman.sync.connect(field.uris[1]):
+@contextmanager
+def other_emulator(root: Path) -> Iterator[dict[str, Any]]:
+    """Change what a host knows of its QEMU: that is in a cache, which then says what another one would."""
+    with ferryman.sync.connect(f"qemu:///embed?root={root}"):
         pass
-    probe = field.roots[1] / "probe.json"
+    probe = root / "probe.json"
     told = json.loads(probe.read_text())
-    machines = told["emulator"]["machines"]
-    told["emulator"]["machines"] = {name: to for name, to in machines.items() if to != machines["pc"]}
-    told["emulator"]["version"] = [7, 1, 0]
+    yield told["emulator"]
     probe.write_text(json.dumps(told))
+
+
+def test_plan_of_an_older_emulator(field: Field) -> None:
+    with other_emulator(field.roots[1]) as told:
+        machines = told["machines"]
+        told["machines"] = {name: to for name, to in machines.items() if to != machines["pc"]}
+        told["version"] = [7, 1, 0]
     with ferryman.sync.connect(field.uris[0]) as a, ferryman.sync.connect(field.uris[1]) as b:
         assert b.capabilities().version == (7, 1, 0)
         domain = a.create(field.definition)
@@ -618,6 +625,46 @@ def test_plan_boot_files_and_emulators(field: Field) -> None:
         assert [f.code for f in domain.plan_migration(b).warnings] == ["version-older"]
         assert field.the_runner() == pids(field.roots[0])[0]
         domain.destroy()
+
+
+@pytest.mark.parametrize(
+    ("cpu", "missing", "expected", "said"),
+    [
+        ("<cpu><model>qemu64</model></cpu>", [], set(), ""),
+        ("", None, {("cpu-unknown", Side.DESTINATION)}, "no CPU model qemu64"),
+        ("", ["avx", "svm"], {("cpu-differs", Side.DESTINATION)}, "it would be qemu64 without avx, svm"),
+        ("<cpu mode='maximum'/>", [], {("cpu-differs", Side.DESTINATION)}, "all that QEMU 99.0.0 emulates"),
+        ("<cpu mode='host-passthrough'/>", [], {("cpu-differs", Side.DESTINATION)}, "all that QEMU 99.0.0"),
+    ],
+    ids=["same", "unknown", "lacks-features", "maximum", "passthrough"],
+)
+def test_plan_of_another_processor(
+    field: Field, cpu: str, missing: list[str] | None, expected: set[object], said: str
+) -> None:
+    with other_emulator(field.roots[1]) as told:
+        told["version"] = [99, 0, 0]
+        if missing is None:
+            del told["cpus"]["tcg"]["qemu64"]
+        else:
+            told["cpus"]["tcg"]["qemu64"] = missing
+    with ferryman.sync.connect(field.uris[0]) as a, ferryman.sync.connect(field.uris[1]) as b:
+        domain = a.create(field.definition.replace("<devices>", f"{cpu}<devices>"))
+        assert blockers(domain, b) == expected
+        assert said in domain.plan_migration(b).explain()
+        domain.destroy()
+
+
+def test_plan_of_a_kernel_that_is_missing() -> None:
+    with laid_out(LinuxGuest(memory_bytes=128 * MIB, blocks_bytes=0)) as field:
+        kernel = field.directory / "kernel"
+        kernel.symlink_to(KERNEL_DIRECTORY / "vmlinuz")
+        definition = field.definition.replace(str(KERNEL_DIRECTORY / "vmlinuz"), str(kernel))
+        with ferryman.sync.connect(field.uris[0]) as a, ferryman.sync.connect(field.uris[1]) as b:
+            domain = a.create(definition)
+            assert blockers(domain, b) == set()
+            kernel.unlink()
+            assert blockers(domain, b) == {("file-missing", Side.DESTINATION)}
+            domain.destroy()
 
 
 def test_best_effort(

@@ -86,7 +86,7 @@ from ferryman_qemu.commandline import (
 )
 from ferryman_qemu.guest import Guest
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
-from ferryman_qemu.probe import Emulator, find_emulator, probe
+from ferryman_qemu.probe import Emulator, dotted, find_emulator, host_cpu, probe
 from ferryman_qemu.process import boot_id
 from ferryman_qemu.root import GuestRecord, Root, RunDirectory, root_of
 from ferryman_qemu.transfer import Transfer, capabilities, parameters, settle_source, statistics_of
@@ -188,7 +188,7 @@ class QemuDriver:
             version=self._emulator.version,
             arch=platform.machine(),
             host_uuid=self._root.uuid,
-            cpu_model="",
+            cpu_model=host_cpu(),
             machines=tuple(sorted(set(self._emulator.machines.values()))),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             features=frozenset(Feature) - {Feature.POSTCOPY},
@@ -455,7 +455,13 @@ class QemuDriver:
         findings = await self._check_guest(guest, machine) if guest is not None else []
         opened = guest.process.opened_files() if guest is not None else None
         told = {path: _file_identity(path, opened) for path in disk_paths(machine)}
-        return CheckReply(findings=tuple(findings), facts={"disks": json.dumps(told)})
+        emulator = self._running(guest)
+        cpu = emulator.cpu(machine.cpu, accelerated=machine.accelerated)
+        return CheckReply(findings=tuple(findings), facts={"disks": json.dumps(told), "cpu": cpu or ""})
+
+    def _running(self, guest: Guest | None) -> Emulator:
+        """The emulator as the guest runs in it: it may have been updated since the guest was started."""
+        return replace(self._emulator, version=guest.version) if guest is not None else self._emulator
 
     async def _check_guest(self, guest: Guest, machine: Machine) -> list[Finding]:
         findings: list[Finding] = []
@@ -478,13 +484,14 @@ class QemuDriver:
                 )
             )
         memory = machine.definition.memory_bytes
-        safe = self._emulator.migratable_memory(memory, accelerated=machine.accelerated)
+        emulator = self._running(guest)
+        safe = emulator.migratable_memory(memory, accelerated=machine.accelerated)
         if status == "running" and safe != memory:
             findings.append(
                 _blocker(
                     "writes-lost",
                     Side.SOURCE,
-                    f"QEMU {_dotted(self._emulator.version)} without KVM loses writes of a running guest whose memory"
+                    f"QEMU {dotted(emulator.version)} without KVM loses writes of a running guest whose memory"
                     f" is a multiple of 256 KiB, as this one's {memory // 1024} KiB are",
                     f"suspend the guest while it moves, or restart it, which gives it {safe // 1024} KiB",
                 )
@@ -518,7 +525,7 @@ class QemuDriver:
                 _blocker(
                     "machine-unknown",
                     side,
-                    f"QEMU {_dotted(self._emulator.version)} has no machine type {machine.machine}",
+                    f"QEMU {dotted(self._emulator.version)} has no machine type {machine.machine}",
                     "install a newer QEMU there",
                 )
             )
@@ -531,6 +538,7 @@ class QemuDriver:
                     "mend KVM there",
                 )
             )
+        findings += self._check_cpu(machine, request.facts.get("cpu", ""))
         available = _available_bytes()
         if available is not None and available < request.domain.memory_bytes:
             findings.append(
@@ -553,6 +561,28 @@ class QemuDriver:
             if (finding := _check_disk(path, told.get(path))) is not None
         )
         return CheckReply(findings=tuple(findings))
+
+    def _check_cpu(self, machine: Machine, told: str) -> list[Finding]:
+        here = self._emulator.cpu(machine.cpu, accelerated=machine.accelerated)
+        if here is None:
+            return [
+                _blocker(
+                    "cpu-unknown",
+                    Side.DESTINATION,
+                    f"QEMU {dotted(self._emulator.version)} has no CPU model {machine.cpu}",
+                    "install a newer QEMU there",
+                )
+            ]
+        if told in ("", here):
+            return []
+        return [
+            _blocker(
+                "cpu-differs",
+                Side.DESTINATION,
+                f"the guest's CPU is {told}, and there it would be {here}",
+                "give the guest a CPU model that both hosts have in full",
+            )
+        ]
 
     # Migration: source
 
@@ -819,10 +849,6 @@ class QemuDriver:
 
 def _blocker(code: str, side: Side, message: str, remedy: str) -> Finding:
     return Finding(code=code, severity=FindingSeverity.BLOCKER, side=side, message=message, remedy=remedy)
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def _file_identity(path: str, opened: Container[tuple[int, int]] | None = None) -> list[str | int] | None:

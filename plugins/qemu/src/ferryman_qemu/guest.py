@@ -209,6 +209,11 @@ class Guest:
 
     # Asking and commanding
 
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """Version of the QEMU that runs, as it said when it was connected to."""
+        return self.control.greeting.version
+
     async def command(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Command one thing, or ask it; take :attr:`lock` for what changes the run state.
 

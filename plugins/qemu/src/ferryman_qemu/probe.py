@@ -3,7 +3,7 @@
 ``/dev/kvm`` may exist and not work, so an accelerator is tried, never inferred.  The answers are kept in the root's
 ``probe.json`` and are good for one emulator file and one boot of the host.
 
-Sources: QMP ``query-version``, ``query-machines`` (QEMU >= 7.2).
+Sources: QMP ``query-version``, ``query-machines``, ``query-cpu-definitions`` (QEMU >= 7.2).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ferryman.errors import ConnectError, HypervisorError
@@ -38,14 +39,30 @@ class Emulator:
 
     :param machines: alias or name -> versioned name.
     :param default_cpus: versioned machine type -> CPU model that it has by itself.
-    :param kvm: KVM was tried and works.
+    :param cpus: accelerator that works -> CPU model -> features of it that are missing here.
     """
 
     path: str
     version: tuple[int, int, int]
     machines: dict[str, str]
     default_cpus: dict[str, str]
-    kvm: bool
+    cpus: dict[str, dict[str, list[str]]]
+
+    @property
+    def kvm(self) -> bool:
+        """Whether KVM was tried and works."""
+        return "kvm" in self.cpus
+
+    def cpu(self, model: str, *, accelerated: bool) -> str | None:
+        """What a guest with a CPU model gets here, as a text that two hosts can compare; None for an unknown model."""
+        if model == "max":
+            return f"all that QEMU {dotted(self.version)} emulates"
+        if model == "host":
+            return f"the host's {host_cpu()}"
+        missing = self.cpus.get("kvm" if accelerated else "tcg", {}).get(model)
+        if missing is None:
+            return None
+        return f"{model} without {', '.join(missing)}" if missing else model
 
     def migratable_memory(self, memory_bytes: int, *, accelerated: bool) -> int:
         """The guest's memory, or the next larger one with which this emulator loses no write while it sends a guest.
@@ -86,10 +103,14 @@ def probe(path: str, cache: Path) -> Emulator:
             return Emulator(**{**kept["emulator"], "version": tuple(kept["emulator"]["version"])})
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no cache, or one of another format: it is made anew below
-    answers = _ask(path, "tcg", ["query-version", "query-machines"])
+    answers = _ask(path, "tcg", ["query-version", "query-machines", "query-cpu-definitions"])
     if answers is None:
         raise HypervisorError(f"{path} does not start: run it with -machine none -accel tcg to see why")
     version = answers[0]["qemu"]
+    cpus = {"tcg": _cpus(answers[2])}
+    accelerated = _ask(path, "kvm", ["query-cpu-definitions"])
+    if accelerated is not None:
+        cpus["kvm"] = _cpus(accelerated[0])
     emulator = Emulator(
         path=path,
         version=(version["major"], version["minor"], version["micro"]),
@@ -102,7 +123,7 @@ def probe(path: str, cache: Path) -> Emulator:
             for machine in answers[1]
             if "default-cpu-type" in machine
         },
-        kvm=_ask(path, "kvm", ["query-kvm"]) is not None,
+        cpus=cpus,
     )
     temporary = cache.with_name(cache.name + f".{os.getpid()}")
     try:
@@ -113,6 +134,23 @@ def probe(path: str, cache: Path) -> Emulator:
         with suppress(OSError):
             temporary.unlink()
     return emulator
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """A version as people write it."""
+    return ".".join(map(str, version))
+
+
+@lru_cache(maxsize=1)
+def host_cpu() -> str:
+    """Model of this host's processors, as the kernel names it; '' where it does not."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+    return " ".join(names[0].split()) if names else ""
+
+
+def _cpus(definitions: list[dict[str, Any]]) -> dict[str, list[str]]:
+    return {cpu["name"]: sorted(cpu.get("unavailable-features", ())) for cpu in definitions}
 
 
 def _ask(path: str, accelerator: str, commands: list[str]) -> list[Any] | None:
