@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import ferryman.sync
 from ferryman import errors
 from ferryman.hookspecs import DriverHooks, ObserverHooks, hook_names
 from ferryman.types import MigrationOptions
+from tests.qemu import laid_out
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,10 +29,22 @@ SNIPPETS = [
 
 @pytest.mark.parametrize(("code", "needs_qemu"), SNIPPETS)
 def test_every_snippet_runs(code: str, needs_qemu: bool) -> None:
-    if needs_qemu:
-        compile(code, "snippet", "exec")
-        return
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+    with ExitStack() as stack:
+        if needs_qemu:
+            field = stack.enter_context(laid_out())
+            with ferryman.sync.connect(field.uris[0]) as a:
+                a.create(field.define("web"))
+            for root, uri in zip(("/srv/a", "/srv/b"), field.uris, strict=True):
+                assert code.count(f"qemu:///embed?root={root}") == 1
+                code = code.replace(f"qemu:///embed?root={root}", uri)
+            stack.callback(end_guest, field.uris[1], "web")
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def end_guest(uri: str, name: str) -> None:
+    """End a guest where it must be now."""
+    with ferryman.sync.connect(uri) as host:
+        host.lookup_by_name(name).destroy()
 
 
 def leaves(root: type[errors.FerrymanError]) -> set[str]:
