@@ -215,7 +215,8 @@ async def _simulated(
         f"<metadata><guest xmlns='urn:ferryman:test' dirty-bytes-per-s='{rate}'/></metadata></domain>"
     )
     display.line(
-        f"A simulated guest with {arguments.memory_mib} MiB writes {arguments.dirty_mib_per_s} MiB/s."
+        f"A simulated guest with {arguments.memory_mib} MiB writes {arguments.dirty_mib_per_s} MiB/s. The totals are in"
+        " simulated time."
     )
     names = ["alpha", "beta"]
     try:
@@ -229,7 +230,7 @@ async def _simulated(
                 here, there = number % 2, (number + 1) % 2
                 await lab.elapse(0.5)
                 process = lab.host(names[here]).active(domain.uuid)
-                before = process.steps if process else 0
+                before, begin_s = process.steps if process else 0, lab.clock_s
                 result = await _cross(
                     arguments,
                     domain,
@@ -245,6 +246,7 @@ async def _simulated(
                     pages=arrived.pages if arrived else 0,
                     errors=lab.check_memory(arrived) if arrived else 1,
                 )
+                leg.total_ms = (lab.clock_s - begin_s) * 1000
                 outcome.legs.append(leg)
                 outcome.ticks = arrived.steps if arrived else 0
                 outcome.ticks_lost += max(0, before - outcome.ticks)
@@ -253,6 +255,13 @@ async def _simulated(
     finally:
         forget_world("demo")
     return outcome
+
+
+def _faults(text: str) -> FaultPlan:
+    try:
+        return FaultPlan.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -271,7 +280,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--legs", type=int, default=2, help="crossings (default %(default)s: there and back)")
     parser.add_argument("--settle-ticks", type=int, default=500, help="ticks to count before and after each")
     parser.add_argument(
-        "--faults", default="", help="faults to plant, such as *.migrate_perform.completed=corrupt"
+        "--faults",
+        type=_faults,
+        default=FaultPlan(),
+        help="faults to plant, such as *.migrate_perform.completed=corrupt",
     )
     parser.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     return parser.parse_args(argv)
@@ -279,7 +291,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 async def _demo(arguments: argparse.Namespace) -> int:
     display = Display(live=False if arguments.plain else None)
-    faults = FaultPlan.parse(arguments.faults)
+    faults: FaultPlan = arguments.faults
     driver = arguments.driver or ("qemu" if shutil.which("qemu-system-x86_64") else "test")
     if driver == "test" and arguments.driver is None:
         display.line(
