@@ -300,8 +300,7 @@ class LinuxGuest:
                 "-kernel",
                 os.fspath(kernel_path),
                 "-initrd",
-                # The one comma-separated list among QEMU's plain file names.
-                os.fspath(initramfs_path).replace(",", ",,"),
+                os.fspath(initramfs_path),
                 "-append",
                 self.cmdline(),
             ],

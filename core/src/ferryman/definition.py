@@ -42,6 +42,7 @@ _UNITS = {
 }
 _MAX_MEMORY_BYTES = 2**53
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
+_UUID = re.compile(r"[0-9A-Fa-f-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,10 @@ class Definition:
                 from lxml import etree
 
                 element = etree.SubElement(root, tag)
-            element.text = text
+            try:
+                element.text = text
+            except ValueError as error:
+                raise _error(element, f"{text!r:.80} cannot be the text of <{tag}>") from error
         return from_root(root)
 
 
@@ -120,8 +124,10 @@ def parse_xml(text: str) -> _Element:
     try:
         root = etree.fromstring(data, parser)
     except etree.XMLSyntaxError as error:
+        # libxml2 quotes the document, line breaks and all.
+        reason = " ".join(error.msg.split())
         raise DefinitionError(
-            f"the definition is not well-formed XML: {error.msg}", line=error.lineno
+            f"the definition is not well-formed XML: {reason:.400}", line=error.lineno
         ) from error
     if root.getroottree().docinfo.internalDTD is not None:
         raise DefinitionError(
@@ -155,9 +161,14 @@ def rename_definition(text: str, name: str) -> str:
 def minimal_definition(
     *, name: str, uuid: DomainUUID, type: str = "unknown", memory_bytes: int = 1024
 ) -> str:
-    """Write the document that stands for a domain whose driver gives none."""
+    """Write the document that stands for a domain whose driver gives none.
+
+    :raises DefinitionError: the name cannot be used.
+    """
     from lxml import etree
 
+    if not _NAME.fullmatch(name):
+        raise DefinitionError(f"{name!r:.80} cannot be a name", element="domain/name")
     root = etree.Element("domain", type=type)
     for tag, text in (
         ("name", name),
@@ -172,7 +183,7 @@ def minimal_definition(
 def _error(element: Any, message: str) -> DefinitionError:
     line: int | None = element.sourceline
     where = f" (line {line})" if line else ""
-    return DefinitionError(message + where, element=_path(element), line=line)
+    return DefinitionError(f"{message:.400}{where}", element=_path(element), line=line)
 
 
 def _path(element: Any) -> str:
@@ -219,7 +230,8 @@ def _read_uuid(root: _Element) -> DomainUUID:
         element.text = str(uuid_module.uuid4())
     text = _text(element)
     try:
-        canonical = str(uuid_module.UUID(text))
+        # Alone, UUID() would take a sign, braces and the digits of other scripts.
+        canonical = str(uuid_module.UUID(text if _UUID.fullmatch(text) else ""))
     except ValueError as error:
         raise _error(element, f"{text!r:.80} is not a uuid") from error
     element.text = canonical
@@ -230,14 +242,22 @@ def _read_memory(root: _Element) -> int:
     element = _only(root, "memory")
     if element is None:
         raise _error(root, "<domain> has no <memory>")
+    return read_memory(element)
+
+
+def read_memory(element: _Element) -> int:
+    """Read an amount of memory with its unit, in bytes, rounded up to whole KiB as libvirt does.
+
+    :raises DefinitionError: not a whole number, an unknown unit, or outside 1 KiB to 8 PiB.
+    """
     text = _text(element)
     unit = element.get("unit", "KiB")
     if unit not in _UNITS:
         raise _error(element, f"{unit!r:.20} is not a unit of memory: use one of {', '.join(_UNITS)}")
-    number = _whole(element, text, "memory")
+    number = _whole(element, text, str(element.tag))
     amount = -(-number * _UNITS[unit] // 1024) * 1024
     if not 0 < amount <= _MAX_MEMORY_BYTES:
-        raise _error(element, f"memory of {text} {unit} is outside 1 KiB to 8 PiB")
+        raise _error(element, f"<{element.tag}> of {text} {unit} is outside 1 KiB to 8 PiB")
     return amount
 
 

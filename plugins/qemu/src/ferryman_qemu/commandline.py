@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ferryman.definition import definition_error, from_root, parse_definition
+from ferryman.definition import definition_error, from_root, parse_definition, read_memory
 from ferryman.errors import DefinitionError
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ferryman.definition import Definition
 
 _CONSOLE_PORTS = 4
+_DISKS = 27
+"""The PCI slots 3 to 0x1d; the two above are the random generator's and the balloon's."""
+_IDE_DISKS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,7 @@ class Disk:
     """A disk: a file or a block device that both hosts reach."""
 
     path: str
+    block: bool
     format: str
     target: str
     bus: str
@@ -104,7 +108,7 @@ def _read(definition: Definition) -> Machine:
             "uuid": _text,
             "title": _text,
             "description": _text,
-            "metadata": _ignore,
+            "metadata": _attributes,
             "memory": lambda e: _text(e, {"unit"}),
             "currentMemory": reader.current_memory,
             "vcpu": reader.vcpu,
@@ -150,6 +154,7 @@ class _Reader:
 
     def children(self, parent: Any, readers: Mapping[str, Any], *, many: Container[str] = ()) -> None:
         """Read each child by its reader; one without a reader is refused, and a second one that is not of ``many``."""
+        _no_text(parent)
         seen: set[str] = set()
         for child in parent:
             reader = readers.get(child.tag)
@@ -168,11 +173,8 @@ class _Reader:
         self.machine = replace(self.machine, **values)
 
     def current_memory(self, element: Any) -> None:
-        root: Any = copy.deepcopy(self.machine.definition.root)
-        memory = root.find("memory")
-        memory.text = _text(element, {"unit"})
-        memory.set("unit", element.get("unit", "KiB"))
-        if from_root(root).memory_bytes != self.machine.definition.memory_bytes:
+        _text(element, {"unit"})
+        if read_memory(element) != self.machine.definition.memory_bytes:
             raise definition_error(
                 element, "<currentMemory> differs from <memory>, which needs a balloon: make them equal"
             )
@@ -230,6 +232,9 @@ class _Reader:
 
     def cpu(self, element: Any) -> None:
         _attributes(element, set(), {"mode", "match", "check", "migratable"})
+        # What QEMU does by itself; another value would ask for something that is not done.
+        for attribute, value in (("match", "exact"), ("check", "none"), ("migratable", "on")):
+            _choice(element, attribute, (value,), default=value)
         mode = element.get("mode", "custom")
         if mode == "maximum":
             self.children(element, {})
@@ -253,7 +258,7 @@ class _Reader:
     def clock(self, element: Any) -> None:
         _attributes(element, set(), {"offset"})
         self.set(utc=_choice(element, "offset", ("utc", "localtime"), default="utc") == "utc")
-        self.children(element, {"timer": self.timer}, many={"timer"})
+        self.children(element, {"timer": self.timer})
 
     def timer(self, element: Any) -> None:
         _leaf(element, {"name"}, {"present", "tickpolicy"})
@@ -272,13 +277,16 @@ class _Reader:
                 "emulator": lambda e: self.set(emulator=_path(e)),
                 "disk": self.disk,
                 "serial": self.serial,
-                "console": self.console,
+                "console": _later,
                 "controller": self.controller,
                 "memballoon": self.memballoon,
                 "rng": self.rng,
             },
-            many={"disk", "serial", "console", "controller"},
+            many={"disk", "serial", "controller"},
         )
+        # After all serial ports, the first of which it may repeat.
+        for console in element.findall("console"):
+            self.console(console)
 
     def memballoon(self, element: Any) -> None:
         _leaf(element, {"model"})
@@ -325,58 +333,70 @@ class _Reader:
         if any(disk.target == found["target"] for disk in self.machine.disks):
             raise definition_error(element, f"two disks have the target {found['target']!r}")
         readonly = element.find("readonly") is not None or device == "cdrom"
+        if device == "cdrom" and found["bus"] != "ide":
+            raise definition_error(element, "a CD-ROM drive is not a virtio device: use bus ide")
+        if found["bus"] == "ide" and sum(disk.bus == "ide" for disk in self.machine.disks) == _IDE_DISKS:
+            raise definition_error(element, f"a machine has at most {_IDE_DISKS} IDE disks: use bus virtio")
         if readonly and found["bus"] == "ide" and device == "disk":
             raise definition_error(element, "an IDE disk cannot be read-only: use bus virtio")
+        if len(self.machine.disks) == _DISKS:
+            raise definition_error(element, f"a machine has at most {_DISKS} disks")
         disk = Disk(
-            device=device, readonly=readonly, shareable=element.find("shareable") is not None, **found
+            device=device,
+            block=kind == "block",
+            readonly=readonly,
+            shareable=element.find("shareable") is not None,
+            **found,
         )
         self.set(disks=(*self.machine.disks, disk))
 
     def serial(self, element: Any) -> None:
+        number = len(self.machine.serials)
+        if number == _CONSOLE_PORTS:
+            raise definition_error(element, f"a machine has at most {_CONSOLE_PORTS} serial ports")
+        self.set(serials=(*self.machine.serials, self.character_device(element, number)))
+
+    def character_device(self, element: Any, number: int) -> CharacterDevice:
         kind = _choice(element, "type", ("unix", "file", "null", "pty"))
         found: dict[str, Any] = {"kind": kind}
 
         def source(e: Any) -> None:
-            _leaf(e, {"path"}, {"mode", "append"})
             if kind not in ("unix", "file"):
                 raise definition_error(e, f"a serial port of type {kind} has no <source>")
+            _leaf(e, {"path"}, {"mode"} if kind == "unix" else {"append"})
             found["path"] = _absolute(e, e.get("path"))
             found["listen"] = _choice(e, "mode", ("bind", "connect"), default="connect") == "bind"
-            found["append"] = _switch(e, "append") if e.get("append") else False
+            found["append"] = _switch(e, "append") if "append" in e.attrib else False
 
         def target(e: Any) -> None:
             _leaf(e, set(), {"port", "type"})
-            if e.get("port", str(len(self.machine.serials))) != str(len(self.machine.serials)):
+            if e.get("port", str(number)) != str(number):
                 raise definition_error(e, "serial ports are numbered in their order, from 0")
+            model = "serial" if element.tag == "console" else "isa-serial"
+            _choice(e, "type", (model,), default=model)
 
         _attributes(element, {"type"})
         self.children(element, {"source": source, "target": target})
         if kind in ("unix", "file") and "path" not in found:
             raise definition_error(element, f"a serial port of type {kind} needs a <source path=…>")
-        if len(self.machine.serials) == _CONSOLE_PORTS:
-            raise definition_error(element, f"a machine has at most {_CONSOLE_PORTS} serial ports")
-        self.set(serials=(*self.machine.serials, CharacterDevice(**found)))
+        return CharacterDevice(**found)
 
     def console(self, element: Any) -> None:
         """Accept the console that repeats the first serial port, as virt-install writes it."""
-        target = element.find("target")
-        if target is not None and target.get("type", "serial") != "serial":
-            raise definition_error(
-                element, f"a console of type {target.get('type')!r} is not supported: use serial"
-            )
         if not self.machine.serials:
             self.serial(element)
             return
-        _attributes(element, {"type"})
-        kind = self.machine.serials[0].kind
-        if element.get("type") != kind:
+        first = self.machine.serials[0]
+        if element.get("type") != first.kind:
             raise definition_error(
                 element,
-                f"a console of type {element.get('type')!r:.40} cannot repeat a serial port of type {kind}: make"
-                " them equal, or remove it",
+                f"a console of type {element.get('type')!r:.40} cannot repeat a serial port of type {first.kind}:"
+                " make them equal, or remove it",
             )
-        # What it is connected to repeats the serial port too, and that is read there.
-        self.children(element, {"source": _ignore, "target": lambda e: _leaf(e, set(), {"port", "type"})})
+        if self.character_device(element, 0) != first:
+            raise definition_error(
+                element, "a console repeats the first serial port, and this one's <source> differs: remove it"
+            )
 
     def controller(self, element: Any) -> None:
         _attributes(element, {"type"}, {"model", "index"})
@@ -406,8 +426,16 @@ class _Reader:
 # Small readers
 
 
-def _ignore(_element: Any) -> None:
-    """An element that says nothing to the machine."""
+def _later(_element: Any) -> None:
+    """An element that is read after its siblings."""
+
+
+def _no_text(element: Any) -> None:
+    for text in (element.text, *(child.tail for child in element)):
+        if text and text.strip(" \t\r\n"):
+            raise definition_error(
+                element, f"the text {text.strip()!r:.40} in <{element.tag}> is not understood: remove it"
+            )
 
 
 def _text(element: Any, allowed: Iterable[str] = ()) -> str:
@@ -421,6 +449,7 @@ def _text(element: Any, allowed: Iterable[str] = ()) -> str:
 def _leaf(element: Any, needed: Iterable[str] = (), allowed: Iterable[str] = ()) -> None:
     """Make sure that an element holds some attributes and nothing else."""
     _attributes(element, needed, allowed)
+    _no_text(element)
     if len(element):
         raise definition_error(
             element[0],
@@ -502,7 +531,7 @@ def pin(machine: Machine, *, machine_type: str, cpu: str, memory_bytes: int) -> 
         if model is None:
             model = _child(element, "model")
         model.text = cpu
-    elif "mode" not in element.attrib:
+    elif "mode" not in element.attrib and not len(element):
         element.set("mode", "maximum")
     return replace(_read(from_root(root)), machine=machine_type, cpu=cpu)
 
@@ -569,12 +598,13 @@ def build_argv(
     if machine.kernel:
         argv += ["-kernel", machine.kernel]
         if machine.initrd:
-            # The one comma-separated list among QEMU's plain file names.
-            argv += ["-initrd", _option(machine.initrd)]
+            # As it is: only for a multiboot kernel is this a comma-separated list.
+            argv += ["-initrd", machine.initrd]
         if machine.cmdline:
             argv += ["-append", machine.cmdline]
     for number, disk in enumerate(machine.disks):
-        argv += _disk(number, disk, first_of_boot=_boots(machine, disk))
+        place = sum(other.bus == "ide" for other in machine.disks[:number]) if disk.bus == "ide" else number
+        argv += _disk(number, disk, place=place, first_of_boot=_boots(machine, disk))
     for number, serial in enumerate(machine.serials):
         argv += ["-chardev", _character_device(serial, f"serial{number}")]
         argv += ["-device", f"isa-serial,chardev=serial{number},id=port{number},index={number}"]
@@ -608,10 +638,10 @@ _CACHE = {
 }
 
 
-def _disk(number: int, disk: Disk, *, first_of_boot: bool) -> list[str]:
+def _disk(number: int, disk: Disk, *, place: int, first_of_boot: bool) -> list[str]:
     node = f"disk{number}"
     readonly = f",read-only={_on(disk.readonly)}"
-    driver = "host_device" if disk.path.startswith("/dev/") else "file"
+    driver = "host_device" if disk.block else "file"
     argv = [
         "-blockdev",
         f"driver={driver},node-name={node}-file,filename={_option(disk.path)}{readonly}{_CACHE[disk.cache]}",
@@ -623,11 +653,11 @@ def _disk(number: int, disk: Disk, *, first_of_boot: bool) -> list[str]:
     write_cache = f",write-cache={_on(disk.cache not in ('writethrough', 'directsync'))}"
     if disk.bus == "virtio":
         device = (
-            f"virtio-blk-pci,drive={node},id=device-{node},addr={hex(number + 3)}{boot}{share}{write_cache}"
+            f"virtio-blk-pci,drive={node},id=device-{node},addr={hex(place + 3)}{boot}{share}{write_cache}"
         )
     else:
         kind = "ide-cd" if disk.device == "cdrom" else "ide-hd"
-        bus = f"ide.{number // 2 % 2},unit={number % 2}"
+        bus = f"ide.{place // 2},unit={place % 2}"
         device = f"{kind},drive={node},id=device-{node},bus={bus}{boot}{share}{write_cache}"
     return [*argv, "-device", device]
 

@@ -286,6 +286,11 @@ class QemuDriver:
                 root.find("os/type"),
                 f"{self._emulator.path} has no machine type {machine.machine}: see the host's capabilities",
             )
+        if not pinned.startswith("pc-i440fx-"):
+            raise definition_error(
+                root.find("os/type"),
+                f"the machine type {machine.machine} is not supported: use pc, or a pc-i440fx of some version",
+            )
         if machine.accelerated and not self._emulator.kvm:
             raise definition_error(
                 root, "KVM was tried on this host and does not work: use <domain type='qemu'>"
