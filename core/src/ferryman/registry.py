@@ -26,7 +26,7 @@ from ferryman.hookspecs import PROJECT, DriverHooks, ObservedEvent, ObserverHook
 from ferryman.types import Finding, FindingSeverity
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from ferryman.plan import Plan
     from ferryman.uri import ConnectionURI
@@ -70,6 +70,15 @@ class Hooks:
                 hook="",
             ) from error
         assert name is not None
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            for found in caller.get_hookimpls():
+                # pluggy also takes fewer parameters, and fills defaults in silence.
+                if found.plugin is plugin and (found.argnames, found.kwargnames) != (("request",), ()):
+                    raise DriverContractError(
+                        f"the hook {caller.name} of {distribution} must have one parameter, request, and no default",
+                        distribution=distribution,
+                        hook=caller.name,
+                    )
         return name
 
     def add_observer(self, observer: object, distribution: str) -> None:
@@ -102,7 +111,7 @@ class Hooks:
             raise NotSupportedError(
                 f"the driver {self.distribution} does not support {hook.replace('_', ' ')}"
             )
-        reply = await self._await_one(hook, getattr(self._manager.hook, hook)(request=request))
+        reply = await self._await_one(hook, request)
         if not isinstance(reply, expects):
             wanted = (
                 expects.__name__ if isinstance(expects, type) else " or ".join(t.__name__ for t in expects)
@@ -110,12 +119,13 @@ class Hooks:
             raise self._broken(hook, f"answered {type(reply).__name__} where {wanted} is due")
         return reply  # type: ignore[return-value]  # the tuple form answers object, as its callers know
 
-    async def _await_one(self, hook: str, found: list[Any]) -> object:
-        awaitable = found[0]
-        if not inspect.isawaitable(awaitable):
-            raise self._broken(hook, "is not an async function")
+    async def _await_one(self, hook: str, request: object) -> object:
         try:
-            return await awaitable
+            found = getattr(self._manager.hook, hook)(request=request)
+            # pluggy leaves a None out: it comes from a function that is not async.
+            if not found or not inspect.isawaitable(found[0]):
+                raise self._broken(hook, "is not an async function")
+            return await found[0]
         except FerrymanError:
             raise
         except Exception as error:  # the boundary to code that is not ours
@@ -133,9 +143,11 @@ class Hooks:
     async def review(self, plan: Plan) -> list[Finding]:
         """Ask every observer for findings; one that fails blocks."""
         findings: list[Finding] = []
-        for distribution, awaitable in self._each_observer("migration_review", plan):
+        for distribution, review in self._each_observer("migration_review"):
             try:
-                reply = await awaitable
+                reply = await review(plan)
+                if not isinstance(reply, list) or not all(isinstance(found, Finding) for found in reply):
+                    raise TypeError("it answered something else than a list of findings")
             except Exception as error:  # noqa: BLE001 - the boundary to code that is not ours
                 _log.exception("observer failed to review a plan", extra={"distribution": distribution})
                 reply = [
@@ -152,9 +164,9 @@ class Hooks:
 
     async def observe(self, event: ObservedEvent) -> None:
         """Show an event to every observer; what they raise is logged and nothing else."""
-        for distribution, awaitable in self._each_observer("migration_event", event):
+        for distribution, see in self._each_observer("migration_event"):
             try:
-                await awaitable
+                await see(event)
             except Exception:  # noqa: BLE001 - the boundary to code that is not ours
                 _log.exception("observer failed on an event", extra={"distribution": distribution})
 
@@ -163,12 +175,13 @@ class Hooks:
         """Whether anybody observes."""
         return bool(self._observers)
 
-    def _each_observer(self, hook: str, request: object) -> list[tuple[str, Awaitable[Any]]]:
+    def _each_observer(self, hook: str) -> list[tuple[str, Callable[[object], Awaitable[Any]]]]:
+        # Called by whoever catches what they raise: one that is not async raises before there is anything to await.
         if not self._observers:
             return []
         caller = getattr(self._manager.hook, hook)
         return [
-            (self._observers[found.plugin_name], found.function(request))
+            (self._observers[found.plugin_name], found.function)
             for found in caller.get_hookimpls()
             if found.plugin_name in self._observers
         ]
@@ -201,8 +214,7 @@ def _installed(namespace: str) -> dict[str, list[str]]:
 
 def _load_one(namespace: str, name: str, uri: ConnectionURI) -> tuple[object, str]:
     installed = _installed(namespace)
-    providers = sorted(set(installed.get(name, ())))
-    if not providers:
+    if name not in installed:
         kind = "driver for scheme" if namespace == DRIVERS else "transport"
         known = ", ".join(sorted(installed)) or "none"
         raise UnknownSchemeError(
@@ -211,26 +223,31 @@ def _load_one(namespace: str, name: str, uri: ConnectionURI) -> tuple[object, st
             scheme=name,
             installed=sorted(installed),
         )
-    if len(providers) > 1:
-        raise DriverLoadError(
-            f"{' and '.join(providers)} both provide {name!r} in {namespace}: uninstall one",
-            distribution=providers[0],
-        )
     return _load(namespace, name)
 
 
 def _load(namespace: str, name: str) -> tuple[object, str]:
     from stevedore import NamedExtensionManager
 
-    distribution = _installed(namespace)[name][0]
+    providers = sorted(set(_installed(namespace)[name]))
+    if len(providers) > 1:
+        raise DriverLoadError(
+            f"{' and '.join(providers)} both provide {name!r} in {namespace}: uninstall one",
+            distribution=providers[0],
+        )
+    distribution = providers[0]
     failures: list[BaseException] = []
+    manager: Any = None
     # The managers' own calling helpers swallow exceptions: only the loaded class is taken from them.
-    manager: Any = NamedExtensionManager(
-        namespace,
-        [name],
-        invoke_on_load=False,
-        on_load_failure_callback=lambda _manager, _entry, error: failures.append(error),
-    )
+    try:
+        manager = NamedExtensionManager(
+            namespace,
+            [name],
+            invoke_on_load=False,
+            on_load_failure_callback=lambda _manager, _entry, error: failures.append(error),
+        )
+    except AssertionError as error:  # stevedore gives every other exception to the callback
+        failures.append(error)
     if failures or not manager.extensions:
         cause = failures[0] if failures else None
         raise DriverLoadError(

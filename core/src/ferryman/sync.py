@@ -15,7 +15,7 @@ abort, and ``KeyboardInterrupt`` is raised once the guest's place is settled.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -63,9 +63,9 @@ class _Call:
         try:
             return future.result()
         except KeyboardInterrupt:
-            self._portal.call(self._cancel)
             # INVARIANT: nothing is left undecided behind an interrupt: the call has ended when it is raised.
-            self._ended.wait()
+            _to_the_end(partial(self._portal.call, self._cancel))
+            _to_the_end(self._ended.wait)
             raise
 
     async def _run(self, ask: Callable[[], Awaitable[T]]) -> T:
@@ -81,6 +81,23 @@ class _Call:
         self._interrupted = True
         if self._scope is not None:
             self._scope.cancel()
+
+
+def _to_the_end(wait: Callable[[], T]) -> T:
+    """Wait on, however often Ctrl-C comes again: the caller has heard the first one, and raises it afterwards."""
+    while True:
+        try:
+            return wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _iterate(call: Callable[[Callable[[], Awaitable[T]]], T], stream: AsyncIterator[T]) -> Iterator[T]:
+    while True:
+        try:
+            yield call(stream.__anext__)
+        except StopAsyncIteration:
+            return
 
 
 def connect(uri: str | ConnectionURI) -> Connection:
@@ -146,7 +163,7 @@ class Connection:
         listening = self._connection.events()
         stream = self._call(partial(_in_loop, listening.__enter__))
         try:
-            yield self._iterate(stream)
+            yield _iterate(self._call, stream)
         finally:
             self._call(partial(_in_loop, partial(listening.__exit__, None, None, None)))
 
@@ -160,13 +177,6 @@ class Connection:
             self._connection.hooks  # noqa: B018
             raise AssertionError("unreachable")
         return _Call(self._portal).run(ask)
-
-    def _iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
-        while True:
-            try:
-                yield self._call(stream.__anext__)
-            except StopAsyncIteration:
-                return
 
 
 class Domain:
@@ -220,11 +230,12 @@ class Domain:
     def plan_migration(self, destination: Connection, options: MigrationOptions | None = None) -> Plan:
         """See :meth:`ferryman.connection.Domain.plan_migration`."""
         plan = self._call(partial(self._domain.plan_migration, destination._connection, options))
-        return Plan(self.connection, plan)
+        return Plan(self, destination, plan)
 
     def migrate(self, destination: Connection, options: MigrationOptions | None = None) -> MigrationJob:
         """See :meth:`ferryman.connection.Domain.migrate`; ``result()`` runs it."""
-        return MigrationJob(self.connection, partial(self._domain.migrate, destination._connection, options))
+        make = partial(self._domain.migrate, destination._connection, options)
+        return MigrationJob(self, destination, options or MigrationOptions(), make)
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
         return self.connection._call(ask)
@@ -233,9 +244,11 @@ class Domain:
 class Plan:
     """See :class:`ferryman.plan.Plan`."""
 
-    def __init__(self, connection: Connection, plan: _plan.Plan) -> None:
-        self._connection = connection
+    def __init__(self, domain: Domain, destination: Connection, plan: _plan.Plan) -> None:
         self._plan = plan
+        self.domain = domain
+        self.destination = destination
+        self.source: Connection = domain.connection
         self.info: DomainInfo = plan.info
         self.options: MigrationOptions = plan.options
         self.effective: MigrationOptions = plan.effective
@@ -244,6 +257,13 @@ class Plan:
         self.blockers: tuple[Finding, ...] = plan.blockers
         self.warnings: tuple[Finding, ...] = plan.warnings
         self.dropped: tuple[str, ...] = plan.dropped
+        self.definition_digest: str = plan.definition_digest
+        self.source_capabilities: Capabilities = plan.source_capabilities
+        self.destination_capabilities: Capabilities = plan.destination_capabilities
+
+    def changes(self, newer: Plan) -> list[str]:
+        """See :meth:`ferryman.plan.Plan.changes`."""
+        return self._plan.changes(newer._plan)
 
     def explain(self) -> str:
         """See :meth:`ferryman.plan.Plan.explain`."""
@@ -251,15 +271,27 @@ class Plan:
 
     def execute(self) -> MigrationJob:
         """See :meth:`ferryman.plan.Plan.execute`."""
-        return MigrationJob(self._connection, self._plan.execute)
+        return MigrationJob(self.domain, self.destination, self.options, self._plan.execute, plan=self)
 
 
 class MigrationJob:
     """See :class:`ferryman.migration.MigrationJob`."""
 
-    def __init__(self, connection: Connection, make: Callable[[], _migration.MigrationJob]) -> None:
-        self._connection = connection
+    def __init__(
+        self,
+        domain: Domain,
+        destination: Connection,
+        options: MigrationOptions,
+        make: Callable[[], _migration.MigrationJob],
+        *,
+        plan: Plan | None = None,
+    ) -> None:
+        self.domain = domain
+        self.destination = destination
+        self.options = options
+        self._connection = domain.connection
         self._make = make
+        self._shown = plan
         self._job: _migration.MigrationJob | None = None
         self._entered: AbstractContextManager[Any] | None = None
 
@@ -268,13 +300,19 @@ class MigrationJob:
         """The migration's id; None until begin has made one."""
         return self._job.id if self._job is not None else None
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that runs, or the one that was shown; None until there is one."""
+        made = self._job.plan if self._job is not None else None
+        return Plan(self.domain, self.destination, made) if made is not None else self._shown
+
     def __enter__(self) -> Self:
         portal = self._connection._portal
         if portal is None:
             self._connection._call(_never)
         assert portal is not None
         self._job = self._connection._call(partial(_in_loop, self._make))
-        self._entered = _entered(portal, self._job)
+        self._entered = _entered(portal, self._job, hurry=partial(portal.call, self._job.abort))
         self._entered.__enter__()
         return self
 
@@ -287,27 +325,41 @@ class MigrationJob:
         if self._job is None:
             with self:
                 return self.result()
-        return self._connection._call(self._job.result)
+        return self._call(self._job.result)
 
     def progress(self) -> Iterator[MigrationEvent]:
         """See :meth:`ferryman.migration.MigrationJob.progress`; the iterator blocks for the next event."""
-        return self._connection._iterate(self._running().progress())
+        return _iterate(self._call, self._running().progress())
 
     def abort(self) -> None:
         """See :meth:`ferryman.migration.MigrationJob.abort`."""
-        self._connection._call(partial(_in_loop, self._running().abort))
+        self._call(partial(_in_loop, self._running().abort))
 
     def set_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
         """See :meth:`ferryman.migration.MigrationJob.set_bandwidth`."""
-        self._connection._call(partial(self._running().set_bandwidth, bandwidth_bytes_per_s))
+        self._call(partial(self._running().set_bandwidth, bandwidth_bytes_per_s))
 
     def set_max_downtime(self, max_downtime_ms: int) -> None:
         """See :meth:`ferryman.migration.MigrationJob.set_max_downtime`."""
-        self._connection._call(partial(self._running().set_max_downtime, max_downtime_ms))
+        self._call(partial(self._running().set_max_downtime, max_downtime_ms))
 
     def switch_to_postcopy(self) -> None:
         """See :meth:`ferryman.migration.MigrationJob.switch_to_postcopy`."""
-        self._connection._call(self._running().switch_to_postcopy)
+        self._call(self._running().switch_to_postcopy)
+
+    def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return self._connection._call(ask)
+        except KeyboardInterrupt:
+            _to_the_end(partial(self._connection._call, self._settle))
+            raise
+
+    async def _settle(self) -> None:
+        """Abort, and wait until the guest's place is settled; what came of it is the job's to tell."""
+        running = self._running()
+        running.abort()
+        async for _event in running.progress():
+            pass
 
     def _running(self) -> _migration.MigrationJob:
         if self._job is None:
@@ -324,13 +376,33 @@ async def _never() -> None:
 
 
 class _entered(AbstractContextManager[Any]):  # noqa: N801 - used as a function
-    """Enter and leave an asynchronous context manager in one task of the loop."""
+    """Enter and leave an asynchronous context manager in one task of the loop; Ctrl-C waits until it is left.
 
-    def __init__(self, portal: BlockingPortal, manager: Any) -> None:
+    :param hurry: called when Ctrl-C comes while it is being left.
+    """
+
+    def __init__(
+        self, portal: BlockingPortal, manager: Any, *, hurry: Callable[[], None] = lambda: None
+    ) -> None:
         self._wrapped: AbstractContextManager[Any] = portal.wrap_async_context_manager(manager)
+        self._hurry = hurry
 
     def __enter__(self) -> Any:
-        return self._wrapped.__enter__()
+        try:
+            return self._wrapped.__enter__()
+        except KeyboardInterrupt:
+            # Nobody else would leave what is being entered, and the loop would wait for it for ever.
+            self._leave(None, None, None)
+            raise
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
-        return self._wrapped.__exit__(kind, error, trace)
+        try:
+            return self._wrapped.__exit__(kind, error, trace)
+        except KeyboardInterrupt:
+            self._leave(kind, error, trace)
+            raise
+
+    def _leave(self, kind: Any, error: Any, trace: Any) -> None:
+        with suppress(Exception):  # the interrupt is what the caller hears of
+            _to_the_end(self._hurry)
+            _to_the_end(partial(self._wrapped.__exit__, kind, error, trace))

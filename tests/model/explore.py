@@ -1,0 +1,196 @@
+"""Explore every state of a bounded world, breadth first, and heal each: recovery must end, well, from everywhere."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from ferryman.handover import PaperKind, State
+from tests.model.world import Bounds, Protocol, Rules, Run, Slip, Violation, World, begin_world
+
+_HEALING_STEPS = 500
+_FAULTS, _BACK = 0.02, 0.2
+_ASKING = (State.STOPPED, State.SILENT)
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What an exploration found.
+
+    :param states: how many different ones were seen. :param depth: moves to the farthest of them.
+    :param violation: the first broken invariant, or ''; ``trace`` is the shortest way there.
+    :param complete: every state within the bounds was seen.
+    :param excuses: how many states were healed to an end without the guest, by the fault or the limit that explains it.
+    """
+
+    states: int = 0
+    depth: int = 0
+    seconds: float = 0.0
+    complete: bool = False
+    violation: str = ""
+    trace: list[str] = field(default_factory=list)
+    excuses: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One line."""
+        end = self.violation or ("every state" if self.complete else "not every state")
+        return f"{self.states} states, depth {self.depth}, {self.seconds:.1f} s: {end}"
+
+
+def explore(
+    protocol: Protocol, bounds: Bounds, *, most_states: int = 10_000_000, most_s: float = 1e9
+) -> Found:
+    """Go everywhere; stop at the first violation."""
+    rules, begin_s = Rules(protocol, bounds), time.monotonic()
+    start = begin_world(bounds)
+    found, succeeded = Found(), False
+    came_from: dict[World, tuple[World, str] | None] = {start: None}
+    healed: set[World] = set()
+    queue = deque([(start, 0)])
+    while queue and len(came_from) < most_states and time.monotonic() - begin_s < most_s:
+        world, depth = queue.popleft()
+        found.depth = max(found.depth, depth)
+        succeeded = succeeded or any(migration.ran for migration in world.migrations)
+        last = ""
+        try:
+            last = "then everybody comes back, and nothing fails any more"
+            found.excuses.update(_heal(rules, world, healed))
+            for words, following in rules.moves(world):
+                last = words
+                if following not in came_from:
+                    came_from[following] = (world, words)
+                    queue.append((following, depth + 1))
+            last = ""
+        except Violation as violation:
+            found.violation = str(violation)
+            found.trace = _trace(came_from, world)
+            if last:
+                found.trace.append(f"({last}, then) {violation}")
+            break
+    found.states, found.seconds = len(came_from), time.monotonic() - begin_s
+    found.complete = not queue and not found.violation
+    if found.complete and not succeeded:
+        found.violation = "no migration can succeed"
+    return found
+
+
+def walk(protocol: Protocol, bounds: Bounds, *, seed: int, walks: int, steps: int) -> Found:
+    """Go at random, many times, in worlds too large to see all of; a fault strikes now and then."""
+    rules, begin_s, dice = Rules(protocol, bounds), time.monotonic(), random.Random(seed)
+    found, seen = Found(), set[int]()
+    for _ in range(walks):
+        world, trace = begin_world(bounds), list[str]()
+        try:
+            for depth in range(steps):
+                moves = [move for move in rules.progress(world) if move[1] != world]
+                down = any(not host.up for host in world.hosts)
+                if dice.random() < _FAULTS or (down and (not moves or dice.random() < _BACK)):
+                    moves = list(rules.faults(world)) or moves
+                if not moves:
+                    break
+                words, world = dice.choice(moves)
+                trace.append(words)
+                seen.add(hash(world))
+                found.depth = max(found.depth, depth + 1)
+            trace.append("everybody comes back, and nothing fails any more")
+            found.excuses.update(_heal(rules, world, set()))
+        except Violation as violation:
+            found.violation, found.trace = str(violation), [*trace, str(violation)]
+            break
+    found.states, found.seconds = len(seen), time.monotonic() - begin_s
+    return found
+
+
+def _trace(came_from: dict[World, tuple[World, str] | None], world: World) -> list[str]:
+    trace: list[str] = []
+    while (step := came_from[world]) is not None:
+        world, words = step
+        trace.append(words)
+    return trace[::-1]
+
+
+def _heal(rules: Rules, world: World, healed: set[World]) -> list[str]:
+    """Let everybody come back and nothing fail any more: I4, I5 and I2 hold in the end, and there is an end.
+
+    :param healed: worlds from which healing is known to end well; those on the way are added.
+    :returns: why the guest is gone in the end, where it is.
+    """
+    way: list[World] = []
+    while world not in healed:
+        way.append(world)
+        if len(way) > _HEALING_STEPS:
+            raise Violation("I4: recovery does not end")
+        following = _heal_step(rules, world)
+        if following is None:
+            break
+        world = following
+    else:
+        healed.update(way)
+        return []
+    excuse = _check_end(rules, world)
+    healed.update(way)
+    return [excuse] if excuse else []
+
+
+def _heal_step(rules: Rules, world: World) -> World | None:
+    """The next thing that happens where nothing fails; None at the end."""
+    for number, host in enumerate(world.hosts):
+        if not host.up and host.journal:
+            return rules.restart(world, number)
+    for number, host in enumerate(world.hosts):
+        for run in host.runs:
+            if run.todo:
+                return next(iter(rules._go_on(world, number, run)))[1]
+    waiting = [
+        (number, run) for number, host in enumerate(world.hosts) for run in host.runs if run.state in _ASKING
+    ]
+    for number, host in enumerate(world.hosts):
+        for run in host.runs:
+            if (number, run) not in waiting:
+                for _words, following in rules._lease(world, number, run):
+                    if following != world:
+                        return following
+    for number, run in waiting:
+        answer = _ask(rules, world, number, run)
+        if answer is not None:
+            return answer
+    return None
+
+
+def _ask(rules: Rules, world: World, host: int, run: Run) -> World | None:
+    """The source asks, and acts on what decides."""
+    asked = world.migrations[run.migration]
+    for slip in world.slips:
+        if slip.migration == run.migration and slip.kind in (PaperKind.CLAIM, PaperKind.REFUSAL):
+            for _words, following in rules._confirm(world, host, slip):
+                return following
+    kind = PaperKind.PROOF if run.state is State.STOPPED else PaperKind.ASK
+    for _words, following in rules._decide(world, asked.destination, Slip(kind, run.migration, run.receipt)):
+        if following != world:
+            return following
+    return None
+
+
+def _check_end(rules: Rules, world: World) -> str:
+    expected = "paused" if rules.bounds.paused else "running"
+    in_doubt = [run for host in world.hosts for run in host.runs]
+    lost = any(host.journal > len(world.hosts) for host in world.hosts)
+    if lost:
+        # Nothing old may run, and that was checked on the way; the rest needs a person.
+        return "a journal was lost: a person must look" if in_doubt or len(world.processes) != 1 else ""
+    if in_doubt:
+        raise Violation(f"I4: {len(in_doubt)} migrations stay open ({in_doubt[0].state.value})")
+    owners = [p for p in world.processes if p.status == expected and p.fresh and not p.receiver]
+    left = [p for p in world.processes if p not in owners]
+    if left:
+        raise Violation(f"I5: a process is left behind ({left[0].status})")
+    if len(owners) > 1:
+        raise Violation("I1: two owners")
+    if not owners and not world.excuse:
+        raise Violation("I2: nobody has the guest")
+    return "" if owners else world.excuse
+
+
+__all__ = ["Found", "explore", "walk"]
