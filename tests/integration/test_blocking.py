@@ -17,10 +17,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import islice
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 from unittest import mock
 
@@ -287,9 +288,11 @@ def _go(way: str, job: ferryman.sync.MigrationJob, tell: Callable[[str], None]) 
                         print("sent", flush=True)
             elif way == "inside":
                 job.result()
-        except KeyboardInterrupt:
-            # Here, too, nothing may be undecided: the job's block has not been left.
-            tell("inside")
+        except KeyboardInterrupt as error:
+            # Nothing may be undecided behind a call, though the job's block has not been left; it is, where Ctrl-C
+            # came between two calls.
+            if any(frame.filename == ferryman.sync.__file__ for frame in extract_tb(error.__traceback__)):
+                tell("inside")
             raise
 
 
@@ -328,8 +331,10 @@ def _on_qemu(way: str, source: str, destination: str) -> None:
         def tell(where: str) -> None:
             _tell(where, [str(e.uri) for e in (a, b) if e.list_domains()] + [domain.info().state.value], a, b)
 
-        with suppress(KeyboardInterrupt):
+        try:
             _go(way, domain.migrate(b, MigrationOptions(bandwidth_bytes_per_s=qemu.MIB)), tell)
+        except KeyboardInterrupt:
+            tell("open")
 
 
 # Ctrl-C: the tests
@@ -376,8 +381,9 @@ LATE = ["finish", "confirm", "finish-twice", "confirm-twice"]
 )
 def test_interrupt(moment: str, way: str, place: str | None) -> None:
     told = interrupted(moment, way, at=["here", "aborting"] if "twice" in moment else ["here"])
-    heard = ["inside"] * (way in ("progress", "inside")) + ["open"] * (place is not None)
-    assert told == [*([where, [place], []] for where in heard), ["end", [], []]]
+    if told[0][0] == "inside":
+        assert told.pop(0) == ["inside", [place], []]
+    assert told == [*([["open", [place], []]] if place else []), ["end", [], []]]
 
 
 @pytest.mark.timeout(180)
@@ -388,7 +394,8 @@ def test_interrupt_on_qemu() -> None:
         field.wait_ticks(50)
         (emulator,) = field.emulators()
         told = interrupted("qemu", "progress", *field.uris, at=["sent"])
-        assert told == [["inside", [field.uris[0], "running"], []]]
+        assert told[-1][0] == "open"
+        assert all(rest == [[field.uris[0], "running"], []] for _, *rest in told)
         assert field.the_runner() == emulator
         with ferryman.sync.connect(field.uris[0]) as a, ferryman.sync.connect(field.uris[1]) as b:
             # Nothing is left behind that would stand in the way.
