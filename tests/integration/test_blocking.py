@@ -56,8 +56,8 @@ INTERNAL = {"hooks", "host", "hook_lookup"}
 @contextmanager
 def two_hosts(lab: World) -> Iterator[tuple[ferryman.sync.Connection, ferryman.sync.Connection]]:
     """Both hosts of a world, open."""
-    uri = f"test:///{lab.name}"
-    with ferryman.sync.connect(f"{uri}/alpha") as alpha, ferryman.sync.connect(f"{uri}/beta") as beta:
+    alpha, beta = (ferryman.sync.connect(f"test:///{lab.name}/{host}") for host in ("alpha", "beta"))
+    with alpha, beta:
         yield alpha, beta
 
 

@@ -181,7 +181,9 @@ def test_without_root_the_demo_goes_on_and_names_the_command(
 
 def test_without_root_the_tests_stop_and_name_the_command(machine: Machine) -> None:
     machine.programs = {"apt-get", "qemu-system-x86_64", "nasm", "ip"}
-    with pytest.raises(SetupError, match="--no-install-recommends qemu-utils busybox-static libvirt-clients\n"):
+    with pytest.raises(
+        SetupError, match="--no-install-recommends qemu-utils busybox-static libvirt-clients\n"
+    ):
         bootstrap.set_up(machine.root, "test")
     assert bootstrap.python_ready(machine.root, "test")
 
