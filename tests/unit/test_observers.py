@@ -112,7 +112,7 @@ async def test_all_events_in_order(
     steps = [(e.phase, e.side, e.ended) for e in told if isinstance(e, PhaseEvent)]
     assert steps == [(*phase, ended) for phase in PHASES[:phases] for ended in (False, True)]
     errors = [e.error for e in told if isinstance(e, PhaseEvent) and e.error is not None]
-    assert errors == (["prepare-failed"] if fault is Fault.FAIL else [])
+    assert errors == ([error] if fault is not None else [])
     assert phases < 5 or any(isinstance(event, ProgressEvent) for event in told)
     (last,) = (event for event in told if isinstance(event, SettledEvent))
     assert last is told[-1]

@@ -15,7 +15,7 @@ import math
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, assert_never
 
 import anyio
 
@@ -27,6 +27,7 @@ from ferryman.errors import (
     DriverContractError,
     FerrymanError,
     FinishError,
+    HypervisorError,
     InDoubtError,
     JournalError,
     MigrationURIMissingError,
@@ -92,6 +93,8 @@ if TYPE_CHECKING:
     from ferryman.registry import Hooks
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _ASK_FIRST_S = 0.05
 _ASK_LONGEST_S = 30.0
@@ -705,8 +708,8 @@ class Host:
                     AbortRequest(id=run.row.migration_id, uuid=run.row.uuid, process=run.row.process),
                 )
             case Action.DESTROY_RECEIVER:
-                await self._hooks.call(
-                    "migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None)
+                await self._limited(
+                    run, "migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None)
                 )
             case Action.RESUME:
                 await self._confirm_hook(run, Verdict.KEPT)
@@ -777,8 +780,12 @@ class Host:
         return Input.PROVED
 
     async def _run_guest(self, run: _Run) -> Input:
+        request = self._finish_request(run, Verdict.RUN)
+        returned = False
         try:
-            await self._hooks.call("migrate_finish", self._finish_request(run, Verdict.RUN), type(None))
+            with anyio.move_on_after(run.options.patience_s):
+                await self._hooks.call("migrate_finish", request, type(None))
+                returned = True
         except FinishError as error:
             run.row = replace(run.row, reason=error.message)
             run.failure = error
@@ -791,6 +798,13 @@ class Host:
             if evidence.guest is GuestEvidence.STOPPED:
                 run.row = replace(run.row, reason=error.message)
                 return Input.NEVER_RAN
+        else:
+            if not returned:
+                # The command may still be on its way: nothing is decided before somebody has looked.
+                raise HypervisorError(
+                    f"the hook migrate_finish of {self._hooks.distribution} did not return within"
+                    f" {run.options.patience_s:g} s"
+                )
         run.ran_at = anyio.current_time()
         return Input.RAN
 
@@ -800,8 +814,8 @@ class Host:
         if not self._hooks.has("migrate_adopt"):
             return
         try:
-            run.domain = await self._hooks.call(
-                "migrate_adopt", self._finish_request(run, Verdict.RUN), DomainInfo
+            run.domain = await self._limited(
+                run, "migrate_adopt", self._finish_request(run, Verdict.RUN), DomainInfo
             )
         except DomainNotFoundError:
             _log.warning("domain %s ended right after it had arrived", run.row.name)
@@ -821,7 +835,7 @@ class Host:
             paused=run.row.arrives_paused,
             undefine=dict(run.row.extra).get("undefine") == "yes",
         )
-        run.confirm_reply = await self._hooks.call("migrate_confirm", request, ConfirmReply)
+        run.confirm_reply = await self._limited(run, "migrate_confirm", request, ConfirmReply)
 
     def _settle(self, run: _Run) -> None:
         if not run.adopted:
@@ -840,6 +854,18 @@ class Host:
             process=run.row.process,
             paused=run.row.arrives_paused,
             persist=dict(run.row.extra).get("persist") == "yes",
+        )
+
+    async def _limited(self, run: _Run, hook: str, request: object, expects: type[T]) -> T:
+        """Call a hook that a shield keeps from being cancelled: within the migration's patience, or not at all.
+
+        :raises HypervisorError: it did not return in time, and what it has done is not known.
+        """
+        limit_s = run.options.patience_s
+        with anyio.move_on_after(limit_s):
+            return await self._hooks.call(hook, request, expects)
+        raise HypervisorError(
+            f"the hook {hook} of {self._hooks.distribution} did not return within {limit_s:g} s"
         )
 
     async def _hook_unless_missing(self, hook: str, request: object) -> None:

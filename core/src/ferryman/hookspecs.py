@@ -581,7 +581,11 @@ class DriverHooks:
 
 
 class ObserverHooks:
-    """The hooks of observers (entry points ``ferryman.observers``).  Every observer is called."""
+    """The hooks of observers (entry points ``ferryman.observers``).  Every observer is called.
+
+    One is made for each connection, so an observer that is at both ends of a migration sees it from both.  When the
+    migration is over it has five seconds for what it has not seen yet.
+    """
 
     @hookspec
     async def migration_review(self, request: Plan) -> list[Finding]:

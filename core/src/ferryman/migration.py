@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -31,6 +31,7 @@ from ferryman.engine import Finished, Performed, Prepared, new_migration_id
 from ferryman.errors import (
     BeginError,
     ConfirmError,
+    DomainNotFoundError,
     FerrymanError,
     FinishError,
     GuestLostError,
@@ -65,7 +66,7 @@ from ferryman.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -78,6 +79,8 @@ _log = logging.getLogger(__name__)
 _ASK_FIRST_S = 0.02
 _ASK_LONGEST_S = 2.0
 _PROGRESS_KEPT = 1_000
+_OBSERVERS_S = 5.0
+"""How long observers have for the last events; the migration is over by then, and the caller is waiting."""
 
 _ERRORS: dict[Phase, type[MigrationError]] = {
     Phase.BEGIN: BeginError,
@@ -86,6 +89,13 @@ _ERRORS: dict[Phase, type[MigrationError]] = {
     Phase.FINISH: FinishError,
     Phase.CONFIRM: ConfirmError,
 }
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a phase ended: the error's code, or None."""
+
+    code: str | None = None
 
 
 class MigrationJob:
@@ -126,6 +136,7 @@ class MigrationJob:
         self._phase_scope: anyio.CancelScope | None = None
         self._own_id = new_migration_id()
         self._expecting = anyio.CancelScope()
+        self._observing = anyio.CancelScope()
         self._start_s = 0.0
         self._events: deque[MigrationEvent] = deque(maxlen=_PROGRESS_KEPT)
         self._events_seen = 0
@@ -157,8 +168,14 @@ class MigrationJob:
         assert self._tasks is not None
         if kind is not None:
             self.abort()
-        # The block's own exception stays out of the group, which would wrap it in an ExceptionGroup.
-        await self._tasks.__aexit__(None, None, None)
+        try:
+            await self._done.wait()
+        except anyio.get_cancelled_exc_class():
+            self.abort()
+            raise
+        finally:
+            # The block's own exception stays out of the group, which would wrap it in an ExceptionGroup.
+            await self._tasks.__aexit__(None, None, None)
         if kind is None and self._error is not None and not self._error_told:
             self._error_told = True
             raise self._error
@@ -177,7 +194,7 @@ class MigrationJob:
         assert self._result is not None
         return self._result
 
-    async def progress(self) -> AsyncIterator[MigrationEvent]:
+    async def progress(self) -> AsyncGenerator[MigrationEvent, None]:
         """Follow the events from the first one, in order; the last is a :class:`~ferryman.types.SettledEvent`.
 
         A reader that is more than 1,000 events behind misses the oldest ones.
@@ -257,15 +274,24 @@ class MigrationJob:
                     self._abort_asked.set()
                     self._done.set()
                     self._emit(SettledEvent(guest_state=state, elapsed_ms=self._elapsed_ms(), error=code))
+                    self._observing.deadline = anyio.current_time() + _OBSERVERS_S
+            if self._observing.cancelled_caught:
+                _log.warning("an observer did not see all events within %g s of the end", _OBSERVERS_S)
 
     async def _planned(self, beside: TaskGroup) -> Plan:
         with self._abortable():
-            plan = await make_plan(
-                self.domain,
-                self.destination,
-                self.options,
-                likely=partial(self._start_expecting, beside),
-            )
+            try:
+                plan = await make_plan(
+                    self.domain,
+                    self.destination,
+                    self.options,
+                    likely=partial(self._start_expecting, beside),
+                )
+            except DomainNotFoundError as error:
+                if self._shown is None:
+                    raise
+                gone = f"domain {self.domain.name} is no longer at the source"
+                raise PlanStaleError(gone, changes=[gone], domain=self.domain.name) from error
         self._check_abort(None, None)
         if self._shown is not None:
             changes = self._shown.changes(plan)
@@ -297,9 +323,7 @@ class MigrationJob:
             await self.destination.host.expect(self._own_id, domain, definition, options)
 
     async def _phases(self, plan: Plan, beside: TaskGroup) -> MigrationResult:
-        with self._phase(Phase.BEGIN, Side.SOURCE):
-            begun = await plan.source.host.begin(plan.info, plan.effective, migration_id=self._own_id)
-        self.id = begun.id
+        begun = await self._begin(plan)
         beside.start_soon(self._renew, plan, begun.id)
         prepared = await self._prepare(plan, begun)
         setup_ms = self._elapsed_ms()
@@ -330,6 +354,15 @@ class MigrationJob:
             dropped_options=plan.dropped,
         )
 
+    async def _begin(self, plan: Plan) -> Begun:
+        begun: Begun | None = None
+        with self._phase(Phase.BEGIN, Side.SOURCE), self._abortable():
+            begun = await plan.source.host.begin(plan.info, plan.effective, migration_id=self._own_id)
+        if begun is None:
+            raise self._abort_error(Phase.BEGIN, Side.SOURCE)
+        self.id = begun.id
+        return begun
+
     async def _prepare(self, plan: Plan, begun: Begun) -> Prepared:
         prepared: Prepared | None = None
         try:
@@ -357,11 +390,14 @@ class MigrationJob:
     async def _perform(self, plan: Plan, begun: Begun, prepared: Prepared) -> Performed:
         """Send the state; whatever goes wrong, end with a proof, or with the guest kept and the destination clean."""
         try:
-            with self._phase(Phase.PERFORM, Side.SOURCE):
+            with self._phase(Phase.PERFORM, Side.SOURCE) as outcome:
                 self._sending.set()
                 performed = await plan.source.host.perform(
                     prepared.cookie, prepared.migration_uri, plan.effective, self._sample
                 )
+                if performed.kind is not PaperKind.PROOF:
+                    told = performed.error
+                    outcome.code = told.code if told is not None else MigrationAbortedError.code
         except FerrymanError:
             # No proof was given: an abort came first, the journal refused, or resuming failed and is tried again.
             await self._cancel_destination(plan, prepared.cookie)
@@ -547,15 +583,17 @@ class MigrationJob:
         )
 
     @contextmanager
-    def _phase(self, phase: Phase, side: Side, *, guest: GuestState = GuestState.SOURCE) -> Iterator[None]:
+    def _phase(
+        self, phase: Phase, side: Side, *, guest: GuestState = GuestState.SOURCE
+    ) -> Iterator[_Outcome]:
         """Tell of a phase; an error that leaves it says where the guest is: ``guest``, unless it knows better."""
         begin_s = anyio.current_time()
         self._emit(PhaseEvent(phase=phase, side=side, ended=False, elapsed_ms=self._elapsed_ms()))
-        code: str | None = None
+        outcome = _Outcome()
         try:
-            yield
+            yield outcome
         except FerrymanError as error:
-            code = error.code
+            outcome.code = error.code
             failure = self._failure(phase, side, error, guest)
             if failure is error:
                 raise
@@ -563,7 +601,9 @@ class MigrationJob:
         finally:
             self._phase_ms[phase] = (anyio.current_time() - begin_s) * 1000
             self._emit(
-                PhaseEvent(phase=phase, side=side, ended=True, elapsed_ms=self._elapsed_ms(), error=code)
+                PhaseEvent(
+                    phase=phase, side=side, ended=True, elapsed_ms=self._elapsed_ms(), error=outcome.code
+                )
             )
 
     def _elapsed_ms(self) -> float:
@@ -585,7 +625,12 @@ class MigrationJob:
             beside.start_soon(self._show_events_to, ends)
 
     async def _show_events_to(self, ends: Sequence[Connection]) -> None:
-        async for event in self.progress():
+        async with aclosing(self.progress()) as events:
+            with self._observing:
+                await self._show_each(events, ends)
+
+    async def _show_each(self, events: AsyncIterator[MigrationEvent], ends: Sequence[Connection]) -> None:
+        async for event in events:
             seen = ObservedEvent(
                 id=self.id,
                 uuid=self.domain.uuid,

@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from ferryman.capabilities import Negotiation, negotiate
-from ferryman.errors import DomainBusyError, DomainNotFoundError, URIError
+from ferryman.errors import DomainBusyError, DomainNotFoundError, FerrymanError, URIError
 from ferryman.hookspecs import CheckReply, CheckRequest, LookupRequest
 from ferryman.types import DomainInfo, Finding, FindingSeverity, MigrationOptions, Side
 from ferryman.uri import MigrationURI
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ferryman.capabilities import Capabilities
     from ferryman.connection import Connection, Domain
@@ -127,28 +127,25 @@ async def make_plan(
     :cancellation: nothing is left.
     """
     source = domain.connection
-    got = _Gathered()
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(
-            got.take, "info", partial(source.hook_lookup, LookupRequest(uuid=domain.uuid, name=None))
-        )
-        tasks.start_soon(got.take, "definition", domain.definition)
-        tasks.start_soon(got.take, "source", source.capabilities)
-        tasks.start_soon(got.take, "destination", destination.capabilities)
-    info, definition = got.info, got.definition
-    assert info is not None
-    assert definition is not None
-    assert got.source is not None
-    assert got.destination is not None
-    negotiation = negotiate(got.source, got.destination, options)
+    info: DomainInfo
+    definition: str
+    able: Capabilities
+    able_there: Capabilities
+    info, definition, able, able_there = await _side_by_side(
+        partial(source.hook_lookup, LookupRequest(uuid=domain.uuid, name=None)),
+        domain.definition,
+        source.capabilities,
+        destination.capabilities,
+    )
+    negotiation = negotiate(able, able_there, options)
     used = negotiation.effective(options)
     request = CheckRequest(
         side=Side.SOURCE,
         domain=info,
         definition=definition,
         options=used,
-        source=got.source,
-        destination=got.destination,
+        source=able,
+        destination=able_there,
     )
     findings = [
         *_check_pair(source, destination, info, negotiation, request),
@@ -159,9 +156,10 @@ async def make_plan(
         likely(info, definition, used)
     sides = _Checks()
     if not any(f.code == "driver-mismatch" for f in findings):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(sides.check, source, destination, request)
-            tasks.start_soon(sides.check_names, destination, info, used)
+        await _side_by_side(
+            partial(sides.check, source, destination, request),
+            partial(sides.check_names, destination, info, used),
+        )
     findings += sides.findings + sides.names
     plan = Plan(
         domain=domain,
@@ -172,23 +170,31 @@ async def make_plan(
         negotiation=negotiation,
         findings=tuple(findings),
         definition_digest=hashlib.sha256(definition.encode()).hexdigest(),
-        source_capabilities=got.source,
-        destination_capabilities=got.destination,
+        source_capabilities=able,
+        destination_capabilities=able_there,
     )
     reviewed = [*await source.hooks.review(plan), *await destination.hooks.review(plan)]
     return replace(plan, findings=(*plan.findings, *dict.fromkeys(reviewed))) if reviewed else plan
 
 
-class _Gathered:
-    """What both hosts answered, gathered side by side."""
+async def _side_by_side(*asks: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """Ask several things at once; the first error of Ferryman's ends the others and is raised as it is."""
+    answers: list[Any] = [None] * len(asks)
+    errors: list[FerrymanError] = []
+    async with anyio.create_task_group() as tasks:
 
-    info: DomainInfo | None = None
-    definition: str | None = None
-    source: Capabilities | None = None
-    destination: Capabilities | None = None
+        async def one(number: int) -> None:
+            try:
+                answers[number] = await asks[number]()
+            except FerrymanError as error:
+                errors.append(error)
+                tasks.cancel_scope.cancel()
 
-    async def take(self, name: str, ask: object) -> None:
-        setattr(self, name, await ask())  # type: ignore[operator]
+        for number in range(len(asks)):
+            tasks.start_soon(one, number)
+    if errors:
+        raise errors[0]
+    return answers
 
 
 class _Checks:

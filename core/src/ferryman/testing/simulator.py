@@ -277,6 +277,7 @@ class SimulatedDriver:
     def _end(self, process: Process, kind: DomainEventKind) -> None:
         process.state = ProcessState.GONE
         self._host.processes.pop(process.identity, None)
+        self._world.forget(process.uuid)
         self._tell(kind, process.name, process.uuid)
 
     def _tell(self, kind: DomainEventKind, name: str, uuid: DomainUUID) -> None:

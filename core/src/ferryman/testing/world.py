@@ -155,6 +155,10 @@ class World:
             )
         process.state = ProcessState.RUNNING
 
+    def forget(self, uuid: DomainUUID) -> None:
+        """Forget how far a guest had come: it was ended on purpose, and the next one of its uuid begins anew."""
+        self._furthest.pop(uuid, None)
+
     def check_memory(self, process: Process) -> int:
         """Number of pages that do not hold what the guest's rule says."""
         wrong = 0
