@@ -1,4 +1,4 @@
-"""What all tests share: the event loops, and simulated worlds that are forgotten."""
+"""What all tests share: the event loops, simulated worlds that are forgotten, and two hosts of the QEMU driver."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 
 from ferryman.testing import World, forget_world, world
+
+pytest.register_assert_rewrite("tests.qemu")
+
+from tests.qemu import CALM, HEAVY, Field, laid_out  # noqa: E402 - its assertions are rewritten like a test's
 
 _numbers = itertools.count()
 
@@ -32,3 +36,24 @@ def lab() -> Iterator[World]:
     made = world(name)
     yield made
     forget_world(name)
+
+
+@pytest.fixture
+def field() -> Iterator[Field]:
+    """Two hosts of the QEMU driver and the usual guest."""
+    with laid_out() as made:
+        yield made
+
+
+@pytest.fixture
+def heavy_field() -> Iterator[Field]:
+    """Two hosts and a guest that writes more than most networks carry."""
+    with laid_out(HEAVY) as made:
+        yield made
+
+
+@pytest.fixture
+def calm_field() -> Iterator[Field]:
+    """Two hosts and a guest that writes nothing once it has begun."""
+    with laid_out(CALM) as made:
+        yield made
