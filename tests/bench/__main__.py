@@ -18,10 +18,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ferryman.testing import Fault, FaultPlan
 from tests.bench.peer import (
     Direction,
     GuestSpec,
@@ -35,6 +36,7 @@ from tests.bench.peer import (
 from tests.bench.peer_ferryman import FerrymanPeer
 from tests.bench.peer_libvirt import LibvirtPeer
 from tests.bench.peer_raw import RawPeer
+from tests.faults import fault_plan
 from tests.guests.counter import CounterGuest
 from tests.guests.witness import Witness
 
@@ -85,6 +87,7 @@ class Report:
     series: list[Series] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     import_ms: list[float] = field(default_factory=list)
     first_use_ms: list[float] = field(default_factory=list)
     peak_mib: float = float("nan")
@@ -185,10 +188,14 @@ class _Player:
                 if value is not None:
                     getattr(series, figure).append(value)
 
-    def settle(self, series: Series, report: Report) -> None:
+    def settle(self, series: Series, report: Report, faults: FaultPlan) -> None:
         """Count what the witnesses saw wrong over the whole run."""
         for witness in self.witnesses:
             seen = witness.report()
+            fault = faults.take(self.name, "migrate_perform.completed")
+            if fault is Fault.CORRUPT:
+                # As if the guest had not ticked once.
+                seen = replace(seen, ticks_lost=seen.ticks_lost + 1)
             series.ticks_lost += seen.ticks_lost
             if self.name.startswith("ferryman") and (seen.ticks_lost or seen.ticks_doubled or seen.overlaps):
                 report.violations.append(
@@ -198,7 +205,14 @@ class _Player:
 
 
 def _measure(
-    report: Report, label: str, guest: CounterGuest, names: Sequence[str], *, rounds: int, at_once: int = 1
+    report: Report,
+    label: str,
+    guest: CounterGuest,
+    names: Sequence[str],
+    *,
+    rounds: int,
+    faults: FaultPlan,
+    at_once: int = 1,
 ) -> None:
     with _field(guest, at_once, names, report) as players:
         series = {player.name: Series(guest=label, peer=player.name, at_once=at_once) for player in players}
@@ -208,7 +222,7 @@ def _measure(
             for player in [*players[turn:], *players[:turn]]:
                 player.play(series[player.name])
         for player in players:
-            player.settle(series[player.name], report)
+            player.settle(series[player.name], report, faults)
             if (
                 isinstance(player.peer, FerrymanPeer)
                 and at_once == 1
@@ -267,6 +281,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--big-rounds", type=int, default=6, help="rounds with the 512 MiB guest")
     parser.add_argument("--parallel", default="1,4,16,32", help="how many at once (default %(default)s)")
     parser.add_argument("--parallel-rounds", type=int, default=3)
+    parser.add_argument(
+        "--faults",
+        type=fault_plan,
+        default=FaultPlan(),
+        help="faults to plant, such as ferryman.migrate_perform.completed=corrupt: a tick of that peer's guest is lost",
+    )
     parser.add_argument("--peers", default=",".join(_MAKERS), help="default %(default)s")
     return parser.parse_args(argv)
 
@@ -284,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory_bytes=32 * _MIB + _ODD, tick_hz=_TICK_HZ, page_count=16, pages_per_tick=0, prefill=False
     )
     if arguments.rounds:
-        _measure(report, "idle", idle, names, rounds=arguments.rounds)
+        _measure(report, "idle", idle, names, rounds=arguments.rounds, faults=arguments.faults)
     big = CounterGuest(
         memory_bytes=512 * _MIB + _ODD,
         tick_hz=_TICK_HZ,
@@ -293,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefill=True,
     )
     if arguments.big_rounds:
-        _measure(report, "512M, 384 full", big, names, rounds=arguments.big_rounds)
+        _measure(report, "512M, 384 full", big, names, rounds=arguments.big_rounds, faults=arguments.faults)
     slow = CounterGuest(
         memory_bytes=32 * _MIB + _ODD, tick_hz=100, page_count=16, pages_per_tick=0, prefill=False
     )
@@ -303,7 +323,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in names
             if name in ("raw", "ferryman") or (name == "libvirt" and at_once in (1, 32))
         ]
-        _measure(report, "idle-100hz", slow, most, rounds=arguments.parallel_rounds, at_once=at_once)
+        _measure(
+            report,
+            "idle-100hz",
+            slow,
+            most,
+            rounds=arguments.parallel_rounds,
+            faults=arguments.faults,
+            at_once=at_once,
+        )
+    report.faults = [f"{point}={fault.value}" for point, fault in arguments.faults.struck]
+    if arguments.faults.left:
+        print(f"faults that never struck: {', '.join(arguments.faults.left)}")
     for name, reason in report.unavailable.items():
         print(f"{name} was not measured: {reason}")
     for violation in report.violations:

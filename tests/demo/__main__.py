@@ -19,6 +19,7 @@ import ferryman
 from ferryman import MigrationOptions
 from ferryman.testing import Fault, FaultPlan, forget_world, world
 from tests.demo.display import Display
+from tests.faults import fault_plan
 from tests.guests.counter import CounterGuest
 from tests.guests.inspect import dump_memory, pids
 from tests.guests.witness import Witness
@@ -257,13 +258,6 @@ async def _simulated(
     return outcome
 
 
-def _faults(text: str) -> FaultPlan:
-    try:
-        return FaultPlan.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--driver", choices=("qemu", "test"), help="default: qemu where it is installed")
@@ -281,7 +275,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--settle-ticks", type=int, default=500, help="ticks to count before and after each")
     parser.add_argument(
         "--faults",
-        type=_faults,
+        type=fault_plan,
         default=FaultPlan(),
         help="faults to plant, such as *.migrate_perform.completed=corrupt",
     )
