@@ -37,6 +37,7 @@ from ferryman.errors import (
     MigrationAbortedError,
     MigrationError,
     PerformError,
+    PlanBlockedError,
     PrepareError,
 )
 from ferryman.handover import PaperKind, decode_cookie
@@ -1031,3 +1032,37 @@ async def test_in_doubt_while_the_other_host_cannot_be_asked(begun: Field) -> No
             assert await a.list_domains() == []
     async with both(field) as (a, b):
         await (await assert_runs_only(field, b, a)).destroy()
+
+
+async def test_the_receiver_starts_beside_the_plan(field: Field) -> None:
+    """Before anything is written down; prepare takes it over, and starts no second one."""
+    order: list[str] = []
+    async with both(field) as (a, b):
+        domain = await start(field, a)
+        with (
+            at("receiver-started", partial(order.append, "receiver")),
+            at("wrote-begun", partial(order.append, "begun")),
+            at("wrote-prepared", lambda: order.append(str(len(field.emulators(field.roots[1]))))),
+        ):
+            await domain.migrate(b)
+        assert order == ["receiver", "begun", "1"]
+        await (await assert_runs_only(field, b, a)).destroy()
+
+
+async def test_a_receiver_that_nobody_needs_after_all_is_ended(field: Field) -> None:
+    """The plan finds a blocker, or the caller aborts, while it starts."""
+    async with both(field) as (a, b):
+        domain = await start(field, a)
+        image = field.directory / "image"
+        image.rename(field.directory / "moved")
+        with at("receiver-started", lambda: None) as passed, pytest.raises(PlanBlockedError):
+            await domain.migrate(b)
+        assert passed
+        assert field.emulators(field.roots[1]) == []
+        (field.directory / "moved").rename(image)
+        job = domain.migrate(b)
+        with at("receiver-started", job.abort), pytest.raises(MigrationAbortedError):
+            await job
+        assert field.emulators(field.roots[1]) == []
+        await assert_runs_only(field, a, b)
+        await retry_and_end(field, domain, b)
