@@ -194,11 +194,14 @@ class MigrationJob:
         assert self._result is not None
         return self._result
 
-    async def progress(self) -> AsyncGenerator[MigrationEvent, None]:
+    def progress(self) -> AsyncIterator[MigrationEvent]:
         """Follow the events from the first one, in order; the last is a :class:`~ferryman.types.SettledEvent`.
 
         A reader that is more than 1,000 events behind misses the oldest ones.
         """
+        return self._follow()
+
+    async def _follow(self) -> AsyncGenerator[MigrationEvent, None]:
         seen = 0
         while True:
             changed = self._changed
@@ -625,7 +628,7 @@ class MigrationJob:
             beside.start_soon(self._show_events_to, ends)
 
     async def _show_events_to(self, ends: Sequence[Connection]) -> None:
-        async with aclosing(self.progress()) as events:
+        async with aclosing(self._follow()) as events:
             with self._observing:
                 await self._show_each(events, ends)
 
