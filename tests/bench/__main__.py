@@ -27,6 +27,7 @@ from tests.bench.peer import (
     Direction,
     GuestSpec,
     Peer,
+    PeerError,
     PeerUnavailable,
     Sample,
     counter_guest,
@@ -147,6 +148,11 @@ def _field(guest: CounterGuest, count: int, names: Sequence[str], report: Report
                 peer.start(specs)
             except PeerUnavailable as unavailable:
                 report.unavailable[name] = unavailable.reason
+                continue
+            except PeerError as failed:
+                if name.startswith("ferryman"):
+                    raise
+                report.unavailable[f"{name}, {count} at once"] = str(failed)
                 continue
             for witness in witnesses:
                 witness.wait_tick(_SETTLE_TICKS, timeout_s=60)
