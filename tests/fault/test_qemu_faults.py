@@ -597,6 +597,7 @@ async def test_abort_while_qemu_is_told_to_send(field: Field, options: Migration
         for _ in range(5):
             if count == (count := field.witness.count()):
                 return
+            # There is no event to wait for: a transfer that should have been stopped is what nobody follows any more.
             time.sleep(0.3)
 
     async with both(field) as (a, b):

@@ -167,7 +167,7 @@ class Hooks:
         for distribution, see in self._each_observer("migration_event"):
             try:
                 await see(event)
-            except Exception:  # noqa: BLE001 - the boundary to code that is not ours
+            except Exception:  # noqa: BLE001 - an observer's code, which must not end the migration that it watches
                 _log.exception("observer failed on an event", extra={"distribution": distribution})
 
     @property
