@@ -325,6 +325,7 @@ class MigrationRow:
     :param settled: the record's last actions are done.
     :param boot_id: of the host at the last write.
     :param extra: what the engine needs to finish after a restart: texts and Booleans only.
+    :param testimony: what a person brought as evidence, and who said it: for people, nothing is decided by it.
     """
 
     side: Side
@@ -342,6 +343,7 @@ class MigrationRow:
     reason: str = ""
     boot_id: str = ""
     extra: tuple[tuple[str, str], ...] = ()
+    testimony: str = ""
 
     def paper(self, kind: PaperKind) -> Paper:
         """Write a paper about this migration."""
