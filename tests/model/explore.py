@@ -8,11 +8,23 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from ferryman.handover import PaperKind, State
-from tests.model.world import Bounds, Protocol, Rules, Run, Slip, Violation, World, begin_world
+from tests.model.world import (
+    _QUESTIONS,
+    Bounds,
+    Protocol,
+    Rules,
+    Run,
+    Slip,
+    Violation,
+    Words,
+    World,
+    begin_world,
+)
 
 _HEALING_STEPS = 500
 _FAULTS, _BACK = 0.02, 0.2
-_ASKING = (State.STOPPED, State.SILENT)
+_ASKING = (State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT, State.PLEDGED)
+_HEALED = Words("everybody", "comes back, and nothing fails any more")
 
 
 @dataclass(kw_only=True)
@@ -30,7 +42,7 @@ class Found:
     seconds: float = 0.0
     complete: bool = False
     violation: str = ""
-    trace: list[str] = field(default_factory=list)
+    trace: list[Words] = field(default_factory=list)
     excuses: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
@@ -46,28 +58,26 @@ def explore(
     rules, begin_s = Rules(protocol, bounds), time.monotonic()
     start = begin_world(bounds)
     found, succeeded = Found(), False
-    came_from: dict[World, tuple[World, str] | None] = {start: None}
+    came_from: dict[World, tuple[World, Words] | None] = {start: None}
     healed: set[World] = set()
     queue = deque([(start, 0)])
     while queue and len(came_from) < most_states and time.monotonic() - begin_s < most_s:
         world, depth = queue.popleft()
         found.depth = max(found.depth, depth)
         succeeded = succeeded or any(migration.ran for migration in world.migrations)
-        last = ""
+        last: Words | None = _HEALED
         try:
-            last = "then everybody comes back, and nothing fails any more"
             found.excuses.update(_heal(rules, world, healed))
             for words, following in rules.moves(world):
                 last = words
                 if following not in came_from:
                     came_from[following] = (world, words)
                     queue.append((following, depth + 1))
-            last = ""
+            last = None
         except Violation as violation:
             found.violation = str(violation)
             found.trace = _trace(came_from, world)
-            if last:
-                found.trace.append(f"({last}, then) {violation}")
+            found.trace.append(_broken(last, violation))
             break
     found.states, found.seconds = len(came_from), time.monotonic() - begin_s
     found.complete = not queue and not found.violation
@@ -81,7 +91,7 @@ def walk(protocol: Protocol, bounds: Bounds, *, seed: int, walks: int, steps: in
     rules, begin_s, dice = Rules(protocol, bounds), time.monotonic(), random.Random(seed)
     found, seen = Found(), set[int]()
     for _ in range(walks):
-        world, trace = begin_world(bounds), list[str]()
+        world, trace = begin_world(bounds), list[Words]()
         try:
             for depth in range(steps):
                 moves = [move for move in rules.progress(world) if move[1] != world]
@@ -94,17 +104,23 @@ def walk(protocol: Protocol, bounds: Bounds, *, seed: int, walks: int, steps: in
                 trace.append(words)
                 seen.add(hash(world))
                 found.depth = max(found.depth, depth + 1)
-            trace.append("everybody comes back, and nothing fails any more")
+            trace.append(_HEALED)
             found.excuses.update(_heal(rules, world, set()))
         except Violation as violation:
-            found.violation, found.trace = str(violation), [*trace, str(violation)]
+            found.violation, found.trace = str(violation), [*trace, Words("then", str(violation))]
             break
     found.states, found.seconds = len(seen), time.monotonic() - begin_s
     return found
 
 
-def _trace(came_from: dict[World, tuple[World, str] | None], world: World) -> list[str]:
-    trace: list[str] = []
+def _broken(last: Words | None, violation: Violation) -> Words:
+    if last is _HEALED:
+        return Words(_HEALED.who, f"{_HEALED.what}: {violation}")
+    return Words("then", f"one more step breaks {violation}")
+
+
+def _trace(came_from: dict[World, tuple[World, Words] | None], world: World) -> list[Words]:
+    trace: list[Words] = []
     while (step := came_from[world]) is not None:
         world, words = step
         trace.append(words)
@@ -139,35 +155,48 @@ def _heal_step(rules: Rules, world: World) -> World | None:
     for number, host in enumerate(world.hosts):
         if not host.up and host.journal:
             return rules.restart(world, number)
+    waiting = []
     for number, host in enumerate(world.hosts):
         for run in host.runs:
             if run.todo:
-                return next(iter(rules._go_on(world, number, run)))[1]
-    waiting = [
-        (number, run) for number, host in enumerate(world.hosts) for run in host.runs if run.state in _ASKING
-    ]
-    for number, host in enumerate(world.hosts):
-        for run in host.runs:
-            if (number, run) not in waiting:
-                for _words, following in rules._lease(world, number, run):
-                    if following != world:
-                        return following
+                for _words, following in rules.go_on(world, number, run):
+                    return following
+                continue  # it waits for its hypervisor
+            if run.state in _ASKING:
+                waiting.append((number, run))
+            for _words, following in rules.lease(world, number, run):
+                if following != world:
+                    return following
     for number, run in waiting:
         answer = _ask(rules, world, number, run)
         if answer is not None:
             return answer
+    for _words, following in rules.hypervisors(world):
+        return following
     return None
 
 
 def _ask(rules: Rules, world: World, host: int, run: Run) -> World | None:
-    """The source asks, and acts on what decides."""
+    """One side asks, the other acts or answers, and the first acts on what decides."""
     asked = world.migrations[run.migration]
+    if not rules.protocol.asks:
+        return None
+    if run.state is State.PLEDGED:
+        for slip in world.slips:
+            if slip.migration == run.migration and slip.kind in (
+                PaperKind.PROOF,
+                PaperKind.NO_PROOF,
+                PaperKind.KEPT,
+            ):
+                for _words, following in rules.decide(world, host, slip):
+                    return following
+        return None
     for slip in world.slips:
         if slip.migration == run.migration and slip.kind in (PaperKind.CLAIM, PaperKind.REFUSAL):
-            for _words, following in rules._confirm(world, host, slip):
+            for _words, following in rules.confirm(world, host, slip):
                 return following
-    kind = PaperKind.PROOF if run.state is State.STOPPED else PaperKind.ASK
-    for _words, following in rules._decide(world, asked.destination, Slip(kind, run.migration, run.receipt)):
+    kind = _QUESTIONS[run.state]
+    for _words, following in rules.decide(world, asked.destination, Slip(kind, run.migration, run.receipt)):
         if following != world:
             return following
     return None
@@ -176,10 +205,14 @@ def _ask(rules: Rules, world: World, host: int, run: Run) -> World | None:
 def _check_end(rules: Rules, world: World) -> str:
     expected = "paused" if rules.bounds.paused else "running"
     in_doubt = [run for host in world.hosts for run in host.runs]
-    lost = any(host.journal > len(world.hosts) for host in world.hosts)
+    lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
     if lost:
         # Nothing old may run, and that was checked on the way; the rest needs a person.
-        return "a journal was lost: a person must look" if in_doubt or len(world.processes) != 1 else ""
+        return (
+            "a journal was lost or is behind: a person must look"
+            if in_doubt or len(world.processes) != 1
+            else ""
+        )
     if in_doubt:
         raise Violation(f"I4: {len(in_doubt)} migrations stay open ({in_doubt[0].state.value})")
     owners = [p for p in world.processes if p.status == expected and p.fresh and not p.receiver]

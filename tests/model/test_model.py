@@ -40,7 +40,7 @@ def test_a_reading_that_breaks_is_found(name: str) -> None:
     found = explore(READINGS[name], WHERE.get(name, Bounds()))
     assert found.violation, f"{found.summary()}"
     assert found.trace
-    assert str(found.violation) in found.trace[-1]
+    assert str(found.violation) in found.trace[-1].what
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,14 @@ One domain moves between hosts.  What a manager does is decided by the shipped t
 - A paper that was told once may arrive at any time, any number of times, or never; who carries papers may turn any of
   them into a question or a cancellation of the same migration.
 - A manager may die between any two of its actions and come back; its journal stays, what it held in memory does not.
+  What it has found out may have changed before it acts on it.
 - A process may be killed; a host may crash, with its processes.
 - The hypervisor resumes a source by itself when its stream breaks before the transfer has completed (HANDOVER, Q1).
 - A command that runs a guest may fail; starting a receiver may fail; a hypervisor may not answer.
+- Post-copy: the source may be switched; until the device state is there its hypervisor may still resume it, and from
+  then on each half needs the other until every page has come.
+- A journal may be lost with its mark, or be put back as it was; a person may bring the other host's journal, or say,
+  truly or not, that the other host and the guest on it are lost.
 
 A process holds the guest's memory, and ``fresh`` says whether that is the newest: running a guest makes every other
 copy old.  Running an old copy, or a second one beside a running one, is a violation, noted the moment it happens.
@@ -34,6 +39,7 @@ from ferryman.handover import (
     State,
     Step,
     admit_answer,
+    admit_inquiry,
     admit_question,
     fall_back,
     recover,
@@ -51,16 +57,41 @@ class Protocol:
     :param stop_is_proof: a source takes a guest that its hypervisor has stopped for the proof.
     :param forgets_tombstones: an id that was used is prepared again.
     :param anonymous: a source takes any answer for one about what it has open.
+    :param asks: a side that cannot decide asks the other.
+    :param presumes: what a caller that gets no answer to a paper takes the answer for.
+    :param hasty_switch: the source switches to post-copy without a pledge.
+    :param hasty_proof: a switched source gives its proof before it is beyond its own failure path.
+    :param ignores_mark: a journal that is older than its mark is opened.
     """
 
     table: Mapping[tuple[State, Input], Step] = field(default_factory=lambda: dict(TABLE))
     recover: Callable[[MigrationRow, Evidence], Input | None] = recover
     admit_question: Callable[[MigrationRow | None, Paper], Input | PaperKind] = admit_question
+    admit_inquiry: Callable[[MigrationRow | None, Paper], Input | PaperKind] = admit_inquiry
     admit_answer: Callable[..., Input | None] = admit_answer
     late: frozenset[tuple[State, Input]] = frozenset()
     stop_is_proof: bool = False
     forgets_tombstones: bool = False
     anonymous: bool = False
+    asks: bool = True
+    presumes: Mapping[PaperKind, PaperKind] = field(default_factory=dict)
+    hasty_switch: bool = False
+    hasty_proof: bool = False
+    ignores_mark: bool = False
+
+
+class Words(NamedTuple):
+    """What a move is, in words: who does what, and towards whom."""
+
+    who: str
+    what: str
+    to: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.who} {self.what}"
+
+
+CALLER = "caller"
 
 
 class Row(NamedTuple):
@@ -94,7 +125,8 @@ class Process(NamedTuple):
     """A guest's process: number 0 is the one that was there first, ``m + 1`` the receiver of migration ``m``.
 
     ``status``: running, paused, incoming (not whole), whole (and never ran), tail (stopped by its hypervisor, which may
-    still resume it) or done (only a command runs it).  ``transfer``: '' or active, failed, completed.
+    still resume it) or done (only a command runs it).  ``transfer``: '' or active, switching, switched, failed,
+    completed.
     """
 
     number: int
@@ -158,7 +190,9 @@ class Bounds:
     :param crash_managers: a manager may die at any moment, and come back.
     :param kill: processes may be killed. :param crash_hosts: hosts may crash. :param lose_journals: and lose theirs.
     :param fail: starting and running may fail. :param silent: a hypervisor may not say what became of a guest.
-    :param paused: the guest is paused, and is to arrive so.
+    :param paused: the guest is paused, and is to arrive so. :param postcopy: transfers may be switched.
+    :param old_journals: a journal may be put back as it was before its last write.
+    :param person: somebody may bring evidence.
     """
 
     migrations: int = 1
@@ -170,6 +204,9 @@ class Bounds:
     fail: bool = True
     silent: bool = True
     paused: bool = False
+    postcopy: bool = False
+    old_journals: bool = False
+    person: bool = False
 
 
 def begin_world(bounds: Bounds) -> World:
@@ -249,7 +286,7 @@ class Rules:
 
     # All moves
 
-    def moves(self, world: World) -> Iterator[tuple[str, World]]:
+    def moves(self, world: World) -> Iterator[tuple[Words, World]]:
         """Every move, with its words and where it leads.
 
         :raises Violation: a move breaks an invariant; its words are the exception's.
@@ -257,135 +294,167 @@ class Rules:
         yield from self.progress(world)
         yield from self.faults(world)
 
-    def progress(self, world: World) -> Iterator[tuple[str, World]]:
+    def progress(self, world: World) -> Iterator[tuple[Words, World]]:
         """The moves of managers, hypervisors and callers."""
         yield from self._managers(world)
-        yield from self._hypervisors(world)
+        yield from self.hypervisors(world)
         yield from self._coordinator(world)
 
-    def _managers(self, world: World) -> Iterator[tuple[str, World]]:
+    def _managers(self, world: World) -> Iterator[tuple[Words, World]]:
         """Managers go on with what they are doing, or look again."""
         for number, host in enumerate(world.hosts):
             for run in host.runs:
                 if run.todo:
-                    yield from self._go_on(world, number, run)
+                    yield from self.go_on(world, number, run)
                 else:
-                    yield from self._lease(world, number, run)
+                    yield from self.lease(world, number, run)
 
-    def _go_on(self, world: World, host: int, run: Run) -> Iterator[tuple[str, World]]:
+    def go_on(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
+        """Do the next thing of a step."""
         head, rest = run.todo[0], run.todo[1:]
-        if isinstance(head, PaperKind):
-            yield f"{_name(host)} tells {head.value}", _tell(world, host, run._replace(todo=rest), head)
-            return
         if head == WAIT:
-            process = _find(world, host, self._process_of(world, run))
-            if process is None:
-                yield (
-                    f"{_name(host)} sees that its guest's process is gone",
-                    self._look(world, host, run._replace(todo=())),
-                )
-            elif process.transfer != "active":
-                given = Input.PROVED if process.transfer == "completed" else Input.STAYED
-                yield (
-                    f"{_name(host)} sees that the transfer {process.transfer}",
-                    _with_run(world, host, run._replace(todo=(given,))),
-                )
-            else:
-                if process.status == "tail" and self.protocol.stop_is_proof:
-                    yield (
-                        f"{_name(host)} sees that the guest is stopped",
-                        _with_run(world, host, run._replace(todo=(Input.PROVED,))),
-                    )
-                aborted = _resume_by_itself(world, process, self.bounds)
-                yield (
-                    f"{_name(host)} aborts the transfer",
-                    _with_run(aborted, host, run._replace(todo=(Input.STAYED,))),
-                )
-            if self.bounds.silent:
-                yield (
-                    f"{_name(host)}'s hypervisor falls silent during the transfer",
-                    _with_run(world, host, run._replace(todo=(Input.LOST,))),
-                )
-            return
-        if isinstance(head, Input):
-            words = f"{_name(host)} notes: {head.value}"
-            if head is Input.RAN and not world.excuse:
-                if not any(p.number == run.migration + 1 for p in world.processes) and self.bounds.paused:
-                    world = world._replace(excuse="the only copy was killed while it was claimed")
-                world = _ran(world, run.migration)
-            elif head is Input.NEVER_RAN and not any(p.fresh and not p.receiver for p in world.processes):
-                world = world._replace(excuse=world.excuse or "the only copy could not be run")
-            yield words, self._feed(world, host, run._replace(todo=()), head)
-            return
-        if isinstance(head, Record):
+            yield from self._wait(world, host, run)
+        elif isinstance(head, PaperKind):
+            words = Words(_name(host), f"tells {head.value}", CALLER)
+            yield words, _tell(world, host, run._replace(todo=rest), head)
+        elif isinstance(head, Input):
+            words = Words(_name(host), f"notes: {head.value}")
+            world = self._noting(world, host, run, head)
+            yield words, self.feed(world, host, run._replace(todo=()), head)
+        elif isinstance(head, Record):
             written = self._write(world, host, run, head, raises=True)
-            yield f"{_name(host)} writes {head.value}", _with_run(written, host, run._replace(todo=rest))
-            return
-        assert isinstance(head, Action)
-        yield from self._act(world, host, run._replace(todo=rest), head)
+            yield (
+                Words(_name(host), f"writes {head.value}"),
+                _with_run(written, host, run._replace(todo=rest)),
+            )
+        else:
+            assert isinstance(head, Action)
+            yield from self._act(world, host, run._replace(todo=rest), head)
+
+    def _noting(self, world: World, host: int, run: Run, given: Input) -> World:
+        """What an outcome says about the guest, whoever knows it."""
+        if given is Input.RAN:
+            if not world.excuse and self.bounds.paused and _find(world, host, run.migration + 1) is None:
+                world = world._replace(excuse="the only copy was killed while it was claimed")
+            return _ran(world, run.migration)
+        if given is Input.NEVER_RAN and not any(
+            p.fresh and not p.receiver and p.transfer != "switched" for p in world.processes
+        ):
+            world = world._replace(excuse=world.excuse or "the only copy could not be run")
+        return world
+
+    def _wait(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
+        """Await the end of a transfer, or abort it."""
+        process = _find(world, host, self._process_of(world, run))
+        name = _name(host)
+
+        def then(given: Input) -> Run:
+            return run._replace(todo=(given,))
+
+        if process is None:
+            yield Words(name, "sees that its guest's process is gone"), self._look(world, host, run)
+        elif process.transfer in ("active", "switching"):
+            if process.status == "tail" and self.protocol.stop_is_proof:
+                yield (
+                    Words(name, "sees that the guest is stopped"),
+                    _with_run(world, host, then(Input.PROVED)),
+                )
+            if process.transfer == "switching" and self.protocol.hasty_proof:
+                yield Words(name, "sees that it has switched"), _with_run(world, host, then(Input.SWITCHED))
+            aborted = _resume_by_itself(world, process, self.bounds)
+            yield Words(name, "aborts the transfer"), _with_run(aborted, host, then(Input.STAYED))
+        else:
+            given = {"completed": Input.PROVED, "switched": Input.SWITCHED}.get(
+                process.transfer, Input.STAYED
+            )
+            yield (
+                Words(name, f"sees that the transfer {process.transfer}"),
+                _with_run(world, host, then(given)),
+            )
+        if self.bounds.silent:
+            yield (
+                Words(name, "hears nothing more from its hypervisor"),
+                _with_run(world, host, then(Input.UNCLEAR)),
+            )
 
     def _process_of(self, world: World, run: Run) -> int:
         if run.side is SOURCE:
             return world.migrations[run.migration].process
         return run.migration + 1
 
-    def _act(self, world: World, host: int, run: Run, action: Action) -> Iterator[tuple[str, World]]:
-        words = f"{_name(host)}: {action.value}"
+    def _act(self, world: World, host: int, run: Run, action: Action) -> Iterator[tuple[Words, World]]:
+        words = Words(_name(host), action.value)
         number = self._process_of(world, run)
         process = _find(world, host, number)
         match action:
             case Action.START_RECEIVER:
-                if not any(p.host == host for p in world.processes):
-                    receiver = Process(number, host, "incoming", False, True, "", run.migration)
-                    started = _with_process(world, receiver)
-                    yield words, _with_run(started, host, run._replace(todo=(Input.RECEIVER_UP,)))
-                if self.bounds.fail or any(p.host == host for p in world.processes):
-                    yield (
-                        f"{words} fails",
-                        _with_run(world, host, run._replace(todo=(Input.RECEIVER_FAILED,))),
-                    )
+                yield from self._start_receiver(world, host, run, words)
             case Action.TRANSFER:
                 if process is None:
                     yield words, self._look(world, host, run)
                 else:
+                    receiver = _name(world.migrations[run.migration].destination)
                     sending = process._replace(transfer="active", migration=run.migration)
-                    yield words, _with_run(_with_process(world, sending), host, run._replace(todo=(WAIT,)))
-                    yield f"{words} fails", _with_run(world, host, run._replace(todo=(Input.STAYED,)))
+                    sent = _with_process(world, sending)
+                    yield words._replace(to=receiver), _with_run(sent, host, run._replace(todo=(WAIT,)))
+                    failed = words._replace(what=f"{words.what} fails")
+                    yield failed, _with_run(world, host, run._replace(todo=(Input.STAYED,)))
+            case Action.SWITCH:
+                switched = world
+                if process is not None and process.transfer == "active" and process.status != "tail":
+                    switched = _with_process(world, process._replace(status="tail", transfer="switching"))
+                yield words, _with_run(switched, host, run)
+            case Action.SERVE_PAGES:
+                if process is None or process.transfer != "switched" or not _receives(world, process):
+                    yield words, _with_run(world, host, run._replace(todo=(Input.SERVED,)))
             case Action.RUN_GUEST:
                 yield from self._run_guest(world, host, run, process, words)
             case Action.DESTROY_RECEIVER | Action.DESTROY_COPY:
-                if process is None:
-                    yield words, self._continue(world, host, run)
-                else:
-                    yield words, self._continue(_without(world, process), host, run)
+                yield words, _with_run(_ended(world, process), host, run)
             case Action.RESUME:
-                if process is None or process.status == "running" or self.bounds.paused:
-                    resting = world
-                    if process is not None and self.bounds.paused:
-                        resting = _with_process(world, process._replace(status="paused"))
-                    yield words, self._continue(resting, host, run)
-                else:
-                    yield words, self._continue(_run(world, process), host, run)
+                yield words, _with_run(self._resumed(world, process), host, run)
             case Action.CANCEL_TRANSFER:
                 cancelled = world
-                if process is not None and process.transfer == "active":
+                if process is not None and process.transfer in ("active", "switching"):
                     cancelled = _resume_by_itself(world, process, self.bounds)
-                yield words, self._continue(cancelled, host, run)
+                yield words, _with_run(cancelled, host, run)
             case Action.ADOPT:
                 adopted = world
                 if process is not None:
                     status = "paused" if process.status == "whole" else process.status
                     adopted = _with_process(world, process._replace(receiver=False, status=status))
-                yield words, self._continue(adopted, host, run)
+                yield words, _with_run(adopted, host, run)
             case Action.SETTLE:
-                yield words, self._settle(world, host, run)
+                yield words, _settled(world, host, run)
+
+    def _start_receiver(
+        self, world: World, host: int, run: Run, words: Words
+    ) -> Iterator[tuple[Words, World]]:
+        taken = any(p.host == host for p in world.processes)
+        if not taken:
+            receiver = Process(run.migration + 1, host, "incoming", False, True, "", run.migration)
+            started = _with_process(world, receiver)
+            yield words, _with_run(started, host, run._replace(todo=(Input.RECEIVER_UP,)))
+        if self.bounds.fail or taken:
+            failed = words._replace(what=f"{words.what} fails")
+            yield failed, _with_run(world, host, run._replace(todo=(Input.RECEIVER_FAILED,)))
+
+    def _resumed(self, world: World, process: Process | None) -> World:
+        if process is None or process.status == "running":
+            return world
+        if process.transfer == "switched":
+            # HANDOVER, experiment 11: what is left of a switched source cannot be resumed; it is ended.
+            return _without(world, process)
+        if self.bounds.paused:
+            return _with_process(world, process._replace(status="paused"))
+        return _run(world, process)
 
     def _run_guest(
-        self, world: World, host: int, run: Run, process: Process | None, words: str
-    ) -> Iterator[tuple[str, World]]:
+        self, world: World, host: int, run: Run, process: Process | None, words: Words
+    ) -> Iterator[tuple[Words, World]]:
         ran, never_ran = run._replace(todo=(Input.RAN,)), run._replace(todo=(Input.NEVER_RAN,))
         if process is None or process.status == "incoming":
-            yield f"{words}: it never ran", _with_run(world, host, never_ran)
+            yield words._replace(what=f"{words.what}: it never ran"), _with_run(world, host, never_ran)
             return
         if process.status == "running":
             yield words, _with_run(world, host, ran)
@@ -396,22 +465,9 @@ class Rules:
         arrived = _run(_ran(world, run.migration), process)
         yield words, _with_run(arrived, host, ran)
         if self.bounds.fail:
-            yield f"{words} fails", _with_run(world, host, never_ran)
+            yield words._replace(what=f"{words.what} fails"), _with_run(world, host, never_ran)
 
-    def _continue(self, world: World, host: int, run: Run) -> World:
-        return _with_run(world, host, run)
-
-    def _settle(self, world: World, host: int, run: Run) -> World:
-        world = _with_run(world, host, run)
-        state = world.hosts[host]
-        rows = tuple(
-            row._replace(settled=True) if (row.side, row.migration) == (run.side, run.migration) else row
-            for row in state.rows
-        )
-        # What is left of the step, its answer, is told by a run that nobody else uses any more.
-        return _with_host(world, host, state._replace(rows=rows))
-
-    def _feed(self, world: World, host: int, run: Run, given: Input) -> World:
+    def feed(self, world: World, host: int, run: Run, given: Input) -> World:
         """Write what the table says, and take on what is to be done."""
         step = self.protocol.table.get((run.state, given))
         if step is None:
@@ -420,17 +476,15 @@ class Rules:
         receipt = run.receipt
         if step.record is Record.PREPARED:
             receipt = world.hosts[host].journal
-        todo: list[Action | PaperKind | Record | Input | str] = list(step.actions)
-        if step.answer is not None:
-            todo.append(step.answer)
+        todo = _todo(step)
         taken = run._replace(receipt=receipt)
         if step.record is not None and (run.state, given) in self.protocol.late:
-            todo.insert(1, step.record)
+            todo = (*todo[:1], step.record, *todo[1:])
         elif step.record is not None:
             # A tombstone of an id that was never prepared names no domain, so it raises no generation.
             raises = not (run.state is State.ABSENT and step.record is Record.NEVER_PREPARED)
             world = self._write(world, host, taken, step.record, raises=raises)
-        return _with_run(world, host, taken._replace(state=step.state, todo=tuple(todo)))
+        return _with_run(world, host, taken._replace(state=step.state, todo=todo))
 
     def _write(self, world: World, host: int, run: Run, record: Record, *, raises: bool) -> World:
         row = Row(run.side, run.migration, record, run.receipt, settled=False)
@@ -441,60 +495,105 @@ class Rules:
         if process is None:
             return GuestEvidence.GONE, TransferEvidence.UNKNOWN
         guest = GuestEvidence.RUNNING if process.status == "running" else GuestEvidence.STOPPED
-        return guest, TransferEvidence(process.transfer or "none")
+        transfer = "active" if process.transfer == "switching" else process.transfer
+        return guest, TransferEvidence(transfer or "none")
 
     def _look(self, world: World, host: int, run: Run) -> World:
-        """Do what the recovery function says; nothing where the evidence allows nothing."""
+        """Find out what the recovery function says, to act on it next; a source that finds nothing out will ask."""
         row = _row_of(world, host, run.side, run.migration)
         record = row.record if row is not None else Record(run.state.value)
         guest, transfer = self._evidence(world, host, run)
         given = self._recovered(run.side, record, guest, transfer)
         if given is None:
-            return _with_run(world, host, run)
+            given = Input.UNCLEAR if run.state is State.HANDING else None
+        if given is None:
+            return _with_run(world, host, run._replace(todo=()))
         if record is Record.CLAIMING and guest is GuestEvidence.GONE and given is Input.RAN:
             # HANDOVER, limit 1: it may have run, so nobody may run an older copy any more.
             excuse = "" if world.migrations[run.migration].ran else "nobody can tell whether it had run"
             world = world._replace(excuse=world.excuse or excuse)
-        return self._feed(world, host, run, given)
+        return _with_run(world, host, run._replace(todo=(given,)))
 
-    def _lease(self, world: World, host: int, run: Run) -> Iterator[tuple[str, World]]:
+    def lease(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
         """What a side does by itself when it has heard nothing for the length of its lease."""
-        words = f"{_name(host)}'s lease ends ({run.state.value})"
+        words = Words(_name(host), f"waited long enough ({run.state.value})")
         match run.state:
             case State.PREPARED:
-                yield words, self._feed(world, host, run, Input.CANCEL)
+                yield words, self.feed(world, host, run, Input.CANCEL)
             case State.BEGUN:
-                yield words, self._feed(world, host, run, Input.GIVE_UP)
-            case State.HANDING | State.CLAIMING:
+                yield words, self.feed(world, host, run, Input.GIVE_UP)
+            case State.STOPPED | State.SWITCHED | State.BEREFT:
+                yield from self._asks(world, host, run)
+            case State.SILENT:
                 yield words, self._look(world, host, run)
-            case State.STOPPED | State.SILENT:
-                kind = PaperKind.PROOF if run.state is State.STOPPED else PaperKind.ASK
-                yield f"{_name(host)} asks ({kind.value})", _tell(world, host, run, kind)
+                yield from self._asks(world, host, run)
+            case State.PLEDGED:
+                yield words, self._look(world, host, run)
+                yield from self._inquire(world, host, run)
             case _:
-                if Record(run.state.value).decided:
-                    yield words, self._feed(world, host, run, Input.RESTART)
+                yield words, self._look(world, host, run)
 
-    def _hypervisors(self, world: World) -> Iterator[tuple[str, World]]:
+    def _asks(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
+        if self.protocol.asks:
+            kind = _QUESTIONS[run.state]
+            yield Words(_name(host), f"asks ({kind.value})", CALLER), _tell(world, host, run, kind)
+
+    def _inquire(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
+        """A destination that pledged itself asks the source, which answers from its table."""
+        asked = world.migrations[run.migration]
+        source, number = world.hosts[asked.source], run.migration
+        row = _row_of(world, asked.source, SOURCE, number)
+        other = _run_of(world, asked.source, SOURCE, number)
+        if not source.up or row is None or (other is not None and other.todo):
+            return
+        found = self._row(SOURCE, number, row.record, row.receipt, asked.generation, settled=row.settled)
+        question = Slip(PaperKind.ASK, number, run.receipt)
+        if self.protocol.admit_inquiry(found, _paper(question, asked.generation)) is not Input.ASK:
+            return
+        state = other.state if other is not None else fall_back(row.record)
+        step = self.protocol.table.get((state, Input.ASK))
+        if step is not None and step.answer not in (None, PaperKind.PENDING):
+            assert step.answer is not None
+            words = Words(_name(host), f"asks {_name(asked.source)}, which answers {step.answer.value}")
+            speaker = other or Run(SOURCE, number, state, row.receipt, ())
+            yield words, _tell(world, asked.source, speaker, step.answer, known=other is not None)
+
+    def hypervisors(self, world: World) -> Iterator[tuple[Words, World]]:
         """Transfers go on or break by themselves."""
         for process in world.processes:
-            if process.transfer != "active":
+            if process.transfer not in ("active", "switching", "switched"):
                 continue
-            receiver = _find(world, world.migrations[process.migration].destination, process.migration + 1)
-            name = f"QEMU at {_name(process.host)}"
-            if process.status == "tail":
-                yield (
-                    f"{name} completes",
-                    _with_process(world, process._replace(status="done", transfer="completed")),
-                )
+            receiver = _receives(world, process)
+            name = _name(process.host)
+            if process.transfer == "switched":
+                if receiver is not None:
+                    completed = process._replace(transfer="completed")
+                    yield Words(name, "QEMU has sent every page"), _with_process(world, completed)
+                continue
+            if process.transfer == "switching":
+                if receiver is not None and receiver.status == "incoming":
+                    loaded = _with_process(world, receiver._replace(status="whole", fresh=process.fresh))
+                    beyond = process._replace(status="done", transfer="switched")
+                    yield (
+                        Words(name, "QEMU has sent the device state", _name(receiver.host)),
+                        _with_process(loaded, beyond),
+                    )
+            elif process.status == "tail":
+                done = process._replace(status="done", transfer="completed")
+                yield Words(name, "QEMU hears that all has come, and completes"), _with_process(world, done)
             elif receiver is not None and receiver.status == "incoming":
                 whole = _with_process(world, receiver._replace(status="whole", fresh=process.fresh))
                 yield (
-                    f"{name} stops the guest and sends the rest",
+                    Words(name, "QEMU stops the guest and sends the rest", _name(receiver.host)),
                     _with_process(whole, process._replace(status="tail")),
                 )
-            yield f"{name}: the stream breaks", _resume_by_itself(world, process, self.bounds)
+            resumes = ", and resumes the guest" if process.status == "tail" else ""
+            yield (
+                Words(name, f"QEMU sees the stream break{resumes}"),
+                _resume_by_itself(world, process, self.bounds),
+            )
 
-    def _coordinator(self, world: World) -> Iterator[tuple[str, World]]:
+    def _coordinator(self, world: World) -> Iterator[tuple[Words, World]]:
         """Whoever carries papers: any of them, at any time, any number of times."""
         if len(world.migrations) < self.bounds.migrations:
             yield from self._begin(world)
@@ -505,31 +604,41 @@ class Rules:
                     yield from self._prepare(world, asked.destination, slip)
                 case PaperKind.RECEIPT:
                     yield from self._perform(world, asked.source, slip)
-                case PaperKind.PROOF | PaperKind.KEPT | PaperKind.ASK:
-                    yield from self._decide(world, asked.destination, slip)
+                    if self.bounds.postcopy:
+                        yield from self.decide(world, asked.destination, slip._replace(kind=PaperKind.SWITCH))
+                        if self.protocol.hasty_switch:
+                            yield from self._switch(world, asked.source, slip._replace(kind=PaperKind.PLEDGE))
+                case PaperKind.PLEDGE:
+                    yield from self._switch(world, asked.source, slip)
+                case PaperKind.PROOF | PaperKind.KEPT | PaperKind.ASK | PaperKind.NO_PROOF:
+                    yield from self.decide(world, asked.destination, slip)
                 case PaperKind.CLAIM | PaperKind.REFUSAL | PaperKind.NEVER_PREPARED | PaperKind.UNKNOWN:
-                    yield from self._confirm(world, asked.source, slip)
+                    yield from self.confirm(world, asked.source, slip)
                     for other in world.hosts[asked.source].runs if self.protocol.anonymous else ():
                         if other.side is SOURCE and other.migration != slip.migration:
                             mistaken = Slip(slip.kind, other.migration, other.receipt)
-                            yield from self._confirm(world, asked.source, mistaken)
+                            yield from self.confirm(world, asked.source, mistaken)
             if slip.kind in (PaperKind.PASSPORT, PaperKind.RECEIPT, PaperKind.PROOF):
                 for kind in (PaperKind.CANCEL, PaperKind.ASK):
-                    yield from self._decide(world, asked.destination, slip._replace(kind=kind))
+                    yield from self.decide(world, asked.destination, slip._replace(kind=kind))
+            presumed = self.protocol.presumes.get(slip.kind)
+            if presumed is not None:
+                for words, following in self.confirm(world, asked.source, slip._replace(kind=presumed)):
+                    yield words._replace(what=f"gets no answer, and says {presumed.value}"), following
         for number, asked in enumerate(world.migrations):
             run = _run_of(world, asked.source, SOURCE, number)
             if (
                 run is not None
                 and not run.todo
                 and (run.state, Input.GIVE_UP) in self.protocol.table
-                and not Record(run.state.value if run.state not in _VOLATILE else "handing").decided
+                and not _decided(run.state)
             ):
                 yield (
-                    f"the caller gives up at {_name(asked.source)}",
-                    self._feed(world, asked.source, run, Input.GIVE_UP),
+                    Words(CALLER, "gives up", _name(asked.source)),
+                    self.feed(world, asked.source, run, Input.GIVE_UP),
                 )
 
-    def _begin(self, world: World) -> Iterator[tuple[str, World]]:
+    def _begin(self, world: World) -> Iterator[tuple[Words, World]]:
         for process in world.processes:
             host = world.hosts[process.host]
             if process.receiver or not host.up or host.runs:
@@ -544,45 +653,63 @@ class Rules:
                 begun = world._replace(migrations=(*world.migrations, asked))
                 run = Run(SOURCE, number, State.ABSENT, 0, ())
                 yield (
-                    f"begin migration {number} at {_name(process.host)}",
-                    self._feed(begun, process.host, run, Input.BEGIN),
+                    Words(CALLER, f"begins migration {number}", _name(process.host)),
+                    self.feed(begun, process.host, run, Input.BEGIN),
                 )
 
-    def _prepare(self, world: World, host: int, slip: Slip) -> Iterator[tuple[str, World]]:
+    def _prepare(self, world: World, host: int, slip: Slip) -> Iterator[tuple[Words, World]]:
         state, generation = world.hosts[host], world.migrations[slip.migration].generation
         if not state.up:
             return
-        words = f"prepare {slip.migration} at {_name(host)}"
+        words = Words(CALLER, f"prepares migration {slip.migration}", _name(host))
         for run in state.runs:
             # Older ones are settled first; what cannot be settled yet stops the new one.
             if not run.todo and world.migrations[run.migration].generation < generation:
                 if run.side is DESTINATION and run.state is State.PREPARED:
-                    yield f"{words}: an older one is refused", self._feed(world, host, run, Input.CANCEL)
-                elif run.side is SOURCE and run.state in (State.STOPPED, State.SILENT):
-                    kind = PaperKind.PROOF if run.state is State.STOPPED else PaperKind.ASK
-                    yield f"{words}: an older one is asked about", _tell(world, host, run, kind)
+                    yield (
+                        words._replace(what=f"{words.what}: an older one is refused"),
+                        self.feed(world, host, run, Input.CANCEL),
+                    )
+                elif run.side is SOURCE and run.state in _QUESTIONS:
+                    yield from self._asks(world, host, run)
         seen = _row_of(world, host, DESTINATION, slip.migration)
         if self.protocol.forgets_tombstones:
             seen, generation = None, generation + (generation == state.generation)
         if state.runs or seen is not None or generation <= state.generation:
             return
         run = Run(DESTINATION, slip.migration, State.ABSENT, 0, ())
-        yield words, self._feed(world, host, run, Input.PREPARE)
+        yield words, self.feed(world, host, run, Input.PREPARE)
 
-    def _perform(self, world: World, host: int, slip: Slip) -> Iterator[tuple[str, World]]:
+    def _perform(self, world: World, host: int, slip: Slip) -> Iterator[tuple[Words, World]]:
         run = _run_of(world, host, SOURCE, slip.migration)
         if run is not None and run.state is State.BEGUN and not run.todo:
             performed = run._replace(receipt=slip.receipt)
             yield (
-                f"perform {slip.migration} at {_name(host)}",
-                self._feed(world, host, performed, Input.PERFORM),
+                Words(CALLER, f"performs migration {slip.migration}", _name(host)),
+                self.feed(world, host, performed, Input.PERFORM),
             )
 
-    def _decide(self, world: World, host: int, slip: Slip) -> Iterator[tuple[str, World]]:
+    def _switch(self, world: World, host: int, slip: Slip) -> Iterator[tuple[Words, World]]:
+        """A pledge comes while the transfer goes on."""
+        run = _run_of(world, host, SOURCE, slip.migration)
+        row = _row_of(world, host, SOURCE, slip.migration)
+        if run is None or row is None or run.todo != (WAIT,):
+            return
+        newest = world.hosts[host].generation == world.migrations[slip.migration].generation
+        given = self._answered(
+            row.record, row.receipt, world.migrations[slip.migration].generation, slip, newest=newest
+        )
+        step = self.protocol.table.get((run.state, given)) if given is not None else None
+        if step is not None:
+            switching = run._replace(todo=(*step.actions, WAIT))
+            yield Words(CALLER, "brings the pledge", _name(host)), _with_run(world, host, switching)
+
+    def decide(self, world: World, host: int, slip: Slip) -> Iterator[tuple[Words, World]]:
+        """A paper comes to a destination."""
         state = world.hosts[host]
         if not state.up:
             return
-        words = f"{slip.kind.value} of {slip.migration} comes to {_name(host)}"
+        words = Words(CALLER, f"brings {slip.kind.value}", _name(host))
         run = _run_of(world, host, DESTINATION, slip.migration)
         row = _row_of(world, host, DESTINATION, slip.migration)
         if run is not None and run.todo:
@@ -607,15 +734,18 @@ class Rules:
             state_ = State.ABSENT if row is None else fall_back(row.record)
             run = Run(DESTINATION, slip.migration, state_, row.receipt if row else 0, ())
         if run.state is State.CLAIMING:
-            yield f"{words}, which looks again", self._look(world, host, run)
+            looks = words._replace(what=f"{words.what}, which looks again")
+            yield looks, self._look(world, host, run)
             if self.bounds.silent:
-                yield f"{words}, whose hypervisor is silent", self._feed(world, host, run, given)
-        elif run.state is not State.ABSENT and Record(run.state.value).decided:
-            yield f"{words}, which ends it first", self._feed(world, host, run, Input.RESTART)
+                mute = words._replace(what=f"{words.what}, whose hypervisor is silent")
+                yield mute, self.feed(world, host, run, given)
+        elif _decided(run.state):
+            yield words._replace(what=f"{words.what}, which ends it first"), self._look(world, host, run)
         else:
-            yield words, self._feed(world, host, run, given)
+            yield words, self.feed(world, host, run, given)
 
-    def _confirm(self, world: World, host: int, slip: Slip) -> Iterator[tuple[str, World]]:
+    def confirm(self, world: World, host: int, slip: Slip) -> Iterator[tuple[Words, World]]:
+        """A paper comes to a source."""
         state, asked = world.hosts[host], world.migrations[slip.migration]
         run = _run_of(world, host, SOURCE, slip.migration)
         row = _row_of(world, host, SOURCE, slip.migration)
@@ -625,43 +755,116 @@ class Rules:
         given = self._answered(row.record, row.receipt, asked.generation, slip, newest=newest)
         if given is None:
             return
-        words = f"{slip.kind.value} of {slip.migration} comes to {_name(host)}"
-        if Record(run.state.value if run.state not in _VOLATILE else "handing").decided:
-            yield f"{words}, which ends it first", self._feed(world, host, run, Input.RESTART)
+        words = Words(CALLER, f"brings {slip.kind.value}", _name(host))
+        if _decided(run.state):
+            yield words._replace(what=f"{words.what}, which ends it first"), self._look(world, host, run)
         else:
-            yield words, self._feed(world, host, run, given)
+            yield words, self.feed(world, host, run, given)
 
-    # Faults
+    # Faults, and people
 
-    def faults(self, world: World) -> Iterator[tuple[str, World]]:
-        """What strikes from outside, and managers that come back."""
+    def faults(self, world: World) -> Iterator[tuple[Words, World]]:
+        """What strikes from outside, managers that come back, and people."""
         for number, host in enumerate(world.hosts):
+            name = _name(number)
             if not host.up and host.journal:
-                yield f"{_name(number)} comes back", self.restart(world, number)
+                yield Words(name, "comes back"), self.restart(world, number)
                 if self.bounds.silent and any(not row.settled for row in host.rows):
                     silent = self.restart(world, number, silent=True)
-                    yield f"{_name(number)} comes back, and its hypervisor is silent", silent
+                    yield Words(name, "comes back, and its hypervisor is silent"), silent
             elif host.up and self.bounds.crash_managers and host.runs:
-                yield f"{_name(number)}'s manager dies", _down(world, number)
+                yield Words(name, "dies (the manager)"), down(world, number)
             if self.bounds.crash_hosts and any(p.host == number for p in world.processes):
-                yield f"{_name(number)} crashes", self._crash(world, number)
-            if self.bounds.lose_journals and host.rows and host.journal <= len(world.hosts):
+                yield Words(name, "crashes (the host)"), self.crash(world, number)
+            if self.bounds.lose_journals and host.rows and 0 < host.journal <= len(world.hosts):
                 lost = host._replace(
                     up=False, journal=host.journal + len(world.hosts), generation=0, rows=(), runs=()
                 )
-                yield f"{_name(number)} loses its journal and its mark", _with_host(world, number, lost)
+                yield Words(name, "loses its journal and its mark"), _with_host(world, number, lost)
+            if self.bounds.old_journals and host.rows and host.journal and not host.up:
+                older = _with_host(world, number, self._put_back(host))
+                yield Words(name, "gets its journal back as it was before"), older
+            if self.bounds.person:
+                yield from self._person(world, number)
         if self.bounds.kill:
             for process in world.processes:
-                yield f"the guest at {_name(process.host)} is killed", self._kill(world, process)
+                yield (
+                    Words(_name(process.host), "loses its guest's process (killed)"),
+                    self.kill(world, process),
+                )
 
-    def _crash(self, world: World, host: int) -> World:
+    def _put_back(self, host: Host) -> Host:
+        """One row is as it was before; the mark tells, and the host does not open."""
+        if not self.protocol.ignores_mark:
+            return host._replace(journal=0)
+        row = host.rows[-1]
+        before = _BEFORE.get(row.record)
+        rows = (*host.rows[:-1], row._replace(record=before, settled=False)) if before else host.rows[:-1]
+        return host._replace(rows=rows)
+
+    def _person(self, world: World, host: int) -> Iterator[tuple[Words, World]]:
+        """Evidence that somebody brings to a side that is in doubt."""
+        for run in world.hosts[host].runs:
+            asked = world.migrations[run.migration]
+            there = asked.destination if run.side is SOURCE else asked.source
+            if run.todo or (run.state, Input.WRITTEN_OFF) not in self.protocol.table:
+                continue
+            off = world._replace(excuse=world.excuse or "a person wrote the other host off")
+            words = Words("person", f"says that {_name(there)} and the guest on it are lost", _name(host))
+            yield words, self.feed(off, host, run, Input.WRITTEN_OFF)
+            # The journal of a host where nothing runs any more.
+            if (
+                run.side is SOURCE
+                and not world.hosts[there].up
+                and world.hosts[there].journal
+                and not any(p.host == there for p in world.processes)
+                and run.state in _QUESTIONS
+            ):
+                words = Words("person", f"brings the journal of {_name(there)}", _name(host))
+                yield (
+                    words,
+                    self._offline(world, there, Slip(_QUESTIONS[run.state], run.migration, run.receipt)),
+                )
+
+    def _offline(self, world: World, host: int, slip: Slip) -> World:
+        """What a destination's rules decide where its guests and programs are gone, written into its journal."""
+        row = _row_of(world, host, DESTINATION, slip.migration)
+        generation = world.migrations[slip.migration].generation
+        key = (row.record, row.receipt, generation) if row is not None else None
+        given = self._asked(key, slip, generation)
+        if isinstance(given, PaperKind) or row is None:
+            return world
+        run = Run(DESTINATION, slip.migration, fall_back(row.record), row.receipt, ())
+        if not row.record.decided:
+            found = self._recovered(DESTINATION, row.record, GuestEvidence.GONE, TransferEvidence.UNKNOWN)
+            if found is None:
+                return world
+            world = self._noting(world, host, run, found)
+            if row.record is Record.CLAIMING:
+                world = world._replace(excuse=world.excuse or "nobody can tell whether it had run")
+            step = self.protocol.table[run.state, found]
+            if step.record is not None:
+                world = self._write(world, host, run, step.record, raises=False)
+            run = run._replace(state=step.state)
+        answer = self.protocol.table[run.state, given].answer
+        return _slip(world, Slip(answer, slip.migration, run.receipt)) if answer is not None else world
+
+    def crash(self, world: World, host: int) -> World:
+        """A host goes down, with its processes."""
         for process in world.processes:
             if process.host == host:
-                world = self._kill(world, process)
-        return _down(world, host)
+                world = self.kill(world, process)
+        return down(world, host)
 
-    def _kill(self, world: World, process: Process) -> World:
+    def kill(self, world: World, process: Process) -> World:
+        """A process is killed; ``excuse`` says what that takes with it."""
+        other = _other_half(world, process)
         killed = _without(world, process)
+        if other is not None:
+            # HANDOVER, limit 3: each half of a switched guest needs the other.
+            lost = world.excuse or "post-copy: one half of the guest was lost"
+            killed = _without(killed, other) if other.receiver or other.transfer == "" else killed
+            return killed._replace(excuse=lost)
         excuse = ""
         if not any(p.fresh for p in killed.processes):
             excuse = "the only copy was killed"
@@ -683,12 +886,77 @@ class Rules:
         )
         known = {run.migration + 1 for run in runs if run.side is DESTINATION}
         world = _with_host(world, host, state._replace(up=True, runs=runs))
-        for run in runs if not silent else ():
-            world = self._look(world, host, run)
+        for run in runs:
+            if not silent:
+                world = self._look(world, host, run)
+            elif run.state is State.HANDING:
+                world = _with_run(world, host, run._replace(todo=(Input.UNCLEAR,)))
         for process in world.processes:
             if process.host == host and process.receiver and process.number not in known:
-                world = _without(world, process)
+                world = _ended(world, process)
         return world
+
+
+_QUESTIONS = {
+    State.STOPPED: PaperKind.PROOF,
+    State.SWITCHED: PaperKind.PROOF,
+    State.BEREFT: PaperKind.NO_PROOF,
+    State.SILENT: PaperKind.ASK,
+}
+
+_BEFORE = {
+    Record.CLAIMED: Record.CLAIMING,
+    Record.CLAIMING: Record.PREPARED,
+    Record.PLEDGED: Record.PREPARED,
+    Record.REFUSED: Record.PREPARED,
+    Record.KEPT: Record.HANDING,
+    Record.GIVEN: Record.HANDING,
+    Record.HANDING: Record.BEGUN,
+}
+
+
+def _todo(step: Step) -> tuple[Action | PaperKind | Record | Input | str, ...]:
+    return step.actions if step.answer is None else (*step.actions, step.answer)
+
+
+def _decided(state: State) -> bool:
+    return state not in _VOLATILE and Record(state.value).decided
+
+
+def _receives(world: World, process: Process) -> Process | None:
+    """The receiver of a process's transfer, whoever owns it by now."""
+    return _find(world, world.migrations[process.migration].destination, process.migration + 1)
+
+
+def _other_half(world: World, process: Process) -> Process | None:
+    """The other process without which a guest that was switched to post-copy cannot live."""
+    if process.transfer == "switched":
+        return _receives(world, process)
+    for other in world.processes:
+        if other.transfer == "switched" and _receives(world, other) == process:
+            return other
+    return None
+
+
+def _ended(world: World, process: Process | None) -> World:
+    """End a process as a step of the protocol."""
+    if process is None:
+        return world
+    receiver = _receives(world, process) if process.transfer == "switched" else None
+    if receiver is not None and not world.excuse:
+        raise Violation(f"I2: {_name(process.host)} lets go, and pages were still to be sent")
+    return _without(world, process)
+
+
+def _settled(world: World, host: int, run: Run) -> World:
+    world = _with_run(world, host, run)
+    state = world.hosts[host]
+    rows = tuple(
+        row._replace(settled=True) if (row.side, row.migration) == (run.side, run.migration) else row
+        for row in state.rows
+    )
+    # What is left of the step, its answer, is told by a run that nobody else uses any more.
+    return _with_host(world, host, state._replace(rows=rows))
 
 
 def _may_claim(world: World, process: Process) -> bool:
@@ -700,10 +968,12 @@ def _may_claim(world: World, process: Process) -> bool:
     record = row.record if row is not None else Record.PREPARED
     if process.host == destination:
         return not process.receiver or record in (Record.CLAIMING, Record.CLAIMED)
-    return record is not Record.CLAIMED
+    return record is not Record.CLAIMED and process.transfer != "switched"
 
 
-_VOLATILE = frozenset({State.STOPPED, State.SILENT, State.ABSENT, State.PREPARING})
+_VOLATILE = frozenset(
+    {State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT, State.ABSENT, State.PREPARING}
+)
 
 
 def _paper(slip: Slip, generation: int) -> Paper:
@@ -782,7 +1052,7 @@ def _ran(world: World, migration: int) -> World:
     return world._replace(migrations=tuple(migrations))
 
 
-def _down(world: World, number: int) -> World:
+def down(world: World, number: int) -> World:
     return _with_host(world, number, world.hosts[number]._replace(up=False, runs=()))
 
 
@@ -818,19 +1088,21 @@ def _slip(world: World, slip: Slip) -> World:
     return world if slip in world.slips else world._replace(slips=world.slips | {slip})
 
 
-def _tell(world: World, host: int, run: Run, kind: PaperKind) -> World:
+def _tell(world: World, host: int, run: Run, kind: PaperKind, *, known: bool = True) -> World:
     """Let a paper go out. INVARIANT I3: nobody is told what is not so."""
     ran = world.migrations[run.migration].ran
     if kind is PaperKind.CLAIM and not ran and not world.excuse:
         raise Violation(f"I3: a claim of migration {run.migration} is told, and the guest never came")
-    lost = any(host.journal > len(world.hosts) for host in world.hosts)
+    lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
     if kind in (PaperKind.REFUSAL, PaperKind.KEPT) and ran and not lost:
         raise Violation(f"I3: migration {run.migration} is told to have failed, and the guest ran")
-    world = _with_run(world, host, run)
+    if known:
+        world = _with_run(world, host, run)
     return _slip(world, Slip(kind, run.migration, run.receipt))
 
 
 __all__ = [
+    "CALLER",
     "Bounds",
     "Host",
     "Migration",
@@ -841,6 +1113,7 @@ __all__ = [
     "Run",
     "Slip",
     "Violation",
+    "Words",
     "World",
     "begin_world",
     "replace",

@@ -66,11 +66,14 @@ ALLOWED_AFTER = {
 }
 
 
+WAITING = (State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT)
+
+
 def record_of(state: State) -> Record | None:
     try:
         return Record(state.value)
     except ValueError:
-        return {State.STOPPED: Record.HANDING, State.SILENT: Record.HANDING}.get(state)
+        return Record.HANDING if state in WAITING else None
 
 
 @pytest.mark.parametrize(("pair", "found"), TABLE.items(), ids=lambda value: str(value)[:60])
@@ -86,13 +89,29 @@ def test_a_decided_side_never_changes_its_mind() -> None:
         record = record_of(state)
         if record is not None and record.decided:
             assert found.state is state
-            assert found.record is None
+            assert found.record in (None, record)
 
 
 def test_only_the_refusal_resumes_and_only_the_claim_lets_go_after_the_proof() -> None:
-    for state in (State.STOPPED, State.SILENT):
-        leaving = {given: found.record for (at, given), found in TABLE.items() if at is state}
-        assert leaving == {Input.CLAIM: Record.GIVEN, Input.REFUSAL: Record.KEPT}
+    """And a person's word that the other host and its guest are lost, which lets go and resumes nothing."""
+    for state in (State.STOPPED, State.SWITCHED, State.BEREFT):
+        leaving = {
+            given: found.record for (at, given), found in TABLE.items() if at is state and found.record
+        }
+        assert leaving == {
+            Input.CLAIM: Record.GIVEN,
+            Input.REFUSAL: Record.KEPT,
+            Input.WRITTEN_OFF: Record.GIVEN,
+        }
+
+
+def test_a_pledge_is_withdrawn_only_by_the_source_by_death_or_by_a_person() -> None:
+    refusing = {
+        given
+        for (at, given), found in TABLE.items()
+        if at is State.PLEDGED and found.record is Record.REFUSED
+    }
+    assert refusing == {Input.NO_PROOF, Input.NEVER_RAN, Input.WRITTEN_OFF}
 
 
 def test_a_claim_is_told_only_when_claimed_is_durable() -> None:
@@ -102,7 +121,7 @@ def test_a_claim_is_told_only_when_claimed_is_durable() -> None:
         if found.answer is PaperKind.REFUSAL:
             assert (found.record or record_of(state)) is Record.REFUSED
         if found.answer is PaperKind.PROOF:
-            assert state is State.HANDING
+            assert record_of(state) is Record.HANDING
 
 
 @pytest.mark.parametrize("state", State)
@@ -132,12 +151,19 @@ RECOVERY = [
     (Record.HANDING, G.STOPPED, T.ACTIVE, Input.GIVE_UP),
     (Record.HANDING, G.RUNNING, T.COMPLETED, Input.STAYED),
     (Record.HANDING, G.STOPPED, T.COMPLETED, Input.PROVED),
-    (Record.HANDING, G.GONE, T.UNKNOWN, Input.LOST),
+    (Record.HANDING, G.GONE, T.UNKNOWN, Input.GONE),
+    (Record.HANDING, G.STOPPED, T.SWITCHED, Input.SWITCHED),
     (Record.HANDING, G.STOPPED, T.UNKNOWN, None),
     (Record.HANDING, G.UNKNOWN, T.UNKNOWN, None),
     (Record.KEPT, G.UNKNOWN, T.UNKNOWN, Input.RESTART),
     (Record.GIVEN, G.UNKNOWN, T.UNKNOWN, Input.RESTART),
+    (Record.GIVEN, G.STOPPED, T.SWITCHED, Input.RESTART),
+    (Record.GIVEN, G.STOPPED, T.COMPLETED, Input.RESTART),
     # destination
+    (Record.PLEDGED, G.RUNNING, T.UNKNOWN, Input.RAN),
+    (Record.PLEDGED, G.STOPPED, T.UNKNOWN, None),
+    (Record.PLEDGED, G.HALTED, T.UNKNOWN, None),
+    (Record.PLEDGED, G.GONE, T.UNKNOWN, Input.NEVER_RAN),
     (Record.PREPARED, G.RUNNING, T.UNKNOWN, Input.RAN),
     (Record.PREPARED, G.STOPPED, T.UNKNOWN, Input.CANCEL),
     (Record.PREPARED, G.HALTED, T.UNKNOWN, Input.CANCEL),
@@ -180,7 +206,10 @@ def test_questions() -> None:
     known = row(Record.PREPARED)
     assert admit_question(known, paper(PaperKind.PROOF)) is Input.GO
     assert admit_question(known, paper(PaperKind.CANCEL)) is Input.CANCEL
-    assert admit_question(known, paper(PaperKind.KEPT)) is Input.CANCEL
+    assert admit_question(known, paper(PaperKind.KEPT)) is Input.NO_PROOF
+    assert admit_question(known, paper(PaperKind.NO_PROOF)) is Input.NO_PROOF
+    assert admit_question(known, paper(PaperKind.SWITCH)) is Input.PLEDGE
+    assert admit_question(known, paper(PaperKind.SWITCH, receipt=None)) is PaperKind.UNKNOWN
     assert admit_question(known, paper(PaperKind.ASK)) is Input.ASK
     # A lost journal is never taken for a refusal, nor a foreign paper for ours.
     assert admit_question(None, paper(PaperKind.PROOF)) is PaperKind.UNKNOWN

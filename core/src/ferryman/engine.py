@@ -44,6 +44,7 @@ from ferryman.handover import (
     Record,
     State,
     admit_answer,
+    admit_inquiry,
     admit_question,
     decode_cookie,
     encode_cookie,
@@ -100,6 +101,15 @@ _ASK_FIRST_S = 0.05
 _ASK_LONGEST_S = 30.0
 _RECOVERY_ROUNDS = 8
 _DRIVER_PREFIX = "driver."
+
+_QUESTIONS = {
+    State.STOPPED: PaperKind.PROOF,
+    State.SWITCHED: PaperKind.PROOF,
+    State.BEREFT: PaperKind.NO_PROOF,
+    State.SILENT: PaperKind.ASK,
+    State.PLEDGED: PaperKind.ASK,
+}
+"""What a side that cannot decide alone asks the other with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +212,12 @@ class Endpoint(Protocol):
 
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal."""
+
+    async def inquire(self, cookie: bytes) -> bytes:
+        """Ask the source of a migration; the answer is a paper for the destination."""
+
+    async def switch(self, cookie: bytes) -> None:
+        """Switch a running transfer to post-copy, with the destination's pledge."""
 
     async def give_up(self, migration_id: MigrationId) -> None:
         """End a migration whose transfer has not begun, or cancel the transfer."""
@@ -308,7 +324,7 @@ class Host:
             self._runs[row.side, row.migration_id] = run
             try:
                 async with run.lock:
-                    await self._recover(run)
+                    await self._recover_or_ask(run)
             except FerrymanError as error:
                 _log.warning(
                     "migration %s of domain %s could not be settled yet: %s",
@@ -317,7 +333,7 @@ class Host:
                     error,
                 )
                 self._lease(run)
-            if not run.done and run.state in (State.STOPPED, State.SILENT):
+            if not run.done and run.state in _QUESTIONS:
                 self._start(lambda run=run: self._ask_until_answered(run))  # type: ignore[misc]
         await self._hook_unless_missing(
             "migrate_sweep", SweepRequest(known=frozenset(id for _, id in self._runs))
@@ -423,10 +439,8 @@ class Host:
         """What perform can say: the proof, that the guest is kept, or nothing but a question."""
         if run.state is State.HANDING:
             with anyio.CancelScope(shield=True):
-                await self._recover(run)
-                if run.state is State.HANDING:
-                    await self._feed(run, Input.LOST)
-        return {State.STOPPED: PaperKind.PROOF, State.KEPT: PaperKind.KEPT}.get(run.state, PaperKind.ASK)
+                await self._recover_or_ask(run)
+        return _QUESTIONS.get(run.state, PaperKind.KEPT)
 
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal; any other paper changes nothing.
@@ -449,6 +463,44 @@ class Host:
         return Confirmed(
             kind=kind, statistics=run.confirm_reply.statistics, guest_gone=run.confirm_reply.guest_gone
         )
+
+    async def inquire(self, cookie: bytes) -> bytes:
+        """Answer a destination that pledged itself: with the proof, with ``no-proof``, or ``pending``.
+
+        :raises JournalError: what was decided could not be read.
+        :cancellation: shielded.
+        """
+        paper = decode_cookie(cookie).paper
+        run = await self._run(Side.SOURCE, paper)
+        given = admit_inquiry(run.row if run is not None else None, paper)
+        if run is None or isinstance(given, PaperKind):
+            answer = replace(paper, kind=PaperKind.UNKNOWN, reason="")
+            return encode_cookie(Cookie(paper=answer, address=self.address))
+        if run.transfer is not None:
+            return self._cookie(run, PaperKind.PENDING)
+        with anyio.CancelScope(shield=True):
+            async with run.lock:
+                await self._refresh(run)
+                kind = await self._answer(run, given)
+        return self._cookie(run, kind)
+
+    async def switch(self, cookie: bytes) -> None:
+        """Switch a running transfer to post-copy, with the destination's pledge and only with it.
+
+        :raises PaperError: the cookie is no pledge for this migration. :raises DomainStateError: nothing is sent here.
+        """
+        pledge = decode_cookie(cookie).paper
+        run = self._runs.get((Side.SOURCE, pledge.migration_id))
+        if run is None or run.transfer is None:
+            raise DomainStateError(
+                f"migration {pledge.migration_id} is not sending, so there is nothing to switch",
+                domain=run.row.name if run is not None else "",
+            )
+        newest = self._journal.generation(run.row.uuid) == run.row.generation
+        if admit_answer(run.row, pledge, newest=newest) is not Input.PLEDGED:
+            raise PaperError("the cookie is no pledge for this migration")
+        # Without the run's lock, which the transfer holds: the step changes neither state nor journal.
+        await self._feed(run, Input.PLEDGED)
 
     async def give_up(self, migration_id: MigrationId) -> None:
         """End a migration before its transfer, or cancel the transfer: then perform answers what came of it."""
@@ -477,8 +529,10 @@ class Host:
                 f"migration {migration_id} is not sending, so there is nothing to change",
                 domain=run.row.name if run is not None else "",
             )
-        request = TuneRequest(id=migration_id, uuid=run.row.uuid, process=run.row.process, tuning=tuning)
-        await self._hooks.call("migrate_tune", request, type(None))
+        await self._hooks.call("migrate_tune", self._tune_request(run, tuning), type(None))
+
+    def _tune_request(self, run: _Run, tuning: Tuning) -> TuneRequest:
+        return TuneRequest(id=run.row.migration_id, uuid=run.row.uuid, process=run.row.process, tuning=tuning)
 
     # Destination
 
@@ -644,7 +698,7 @@ class Host:
                     if run.state is State.PREPARED:
                         run.row = replace(run.row, reason="a newer migration of the domain came")
                         await self._feed(run, Input.CANCEL)
-            elif run.state in (State.STOPPED, State.SILENT):
+            if run.state in _QUESTIONS:
                 await self._ask_once(run)
 
     # The table at work
@@ -652,7 +706,7 @@ class Host:
     async def _answer(self, run: _Run, given: Input) -> PaperKind:
         """Feed an input; first finish what a decided row has not finished, so that nothing is told too early."""
         if run.row.record.decided and run.state is not State.ABSENT and not run.done:
-            await self._feed(run, Input.RESTART)
+            await self._recover(run)
         try:
             answer = await self._feed(run, given)
         except OutOfOrderError as error:
@@ -691,7 +745,7 @@ class Host:
             run.row = row
             state = fall_back(row.record)
             # A proof that was given stays given: only memory knows it, and memory was not lost.
-            if not (state is State.HANDING and run.state in (State.STOPPED, State.SILENT)):
+            if not (state is State.HANDING and run.state in _QUESTIONS):
                 run.state = state
 
     async def _act(self, run: _Run, action: Action) -> Input | None:
@@ -707,6 +761,19 @@ class Host:
                     "migrate_abort",
                     AbortRequest(id=run.row.migration_id, uuid=run.row.uuid, process=run.row.process),
                 )
+            case Action.SWITCH:
+                tuning = Tuning(postcopy=True)
+                await self._hooks.call("migrate_tune", self._tune_request(run, tuning), type(None))
+            case Action.SERVE_PAGES:
+                request = EvidenceRequest(
+                    id=run.row.migration_id,
+                    uuid=run.row.uuid,
+                    name=run.row.name,
+                    side=run.side,
+                    process=run.row.process,
+                )
+                await self._hook_unless_missing("migrate_serve", request)
+                return Input.SERVED
             case Action.DESTROY_RECEIVER:
                 await self._limited(
                     run, "migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None)
@@ -777,7 +844,7 @@ class Host:
         if run.transfer_reply is None:
             run.row = replace(run.row, reason="aborted")
             return Input.STAYED
-        return Input.PROVED
+        return Input.SWITCHED if run.transfer_reply.switched else Input.PROVED
 
     async def _run_guest(self, run: _Run) -> Input:
         request = self._finish_request(run, Verdict.RUN)
@@ -892,10 +959,12 @@ class Host:
     async def _recover(self, run: _Run) -> None:
         """Feed what the evidence says until the row is settled, waits for the other side, or nobody knows more."""
         for _ in range(_RECOVERY_ROUNDS):
-            if run.done or run.state in (State.STOPPED, State.SILENT):
+            if run.done or run.state in (State.STOPPED, State.SWITCHED, State.BEREFT):
                 return
             given = await self._look(run)
             if given is None:
+                if run.state in _QUESTIONS:
+                    return  # the other side is asked next
                 _log.warning(
                     "migration %s of domain %s is in doubt: the hypervisor does not say what became of the guest",
                     run.row.migration_id,
@@ -908,22 +977,54 @@ class Host:
                 )
             await self._feed(run, given)
 
-    async def _ask_once(self, run: _Run) -> None:
-        """Ask the destination, and act on what decides."""
-        kind = PaperKind.PROOF if run.state is State.STOPPED else PaperKind.ASK
-        question = self._cookie(run, kind)
+    async def _recover_or_ask(self, run: _Run) -> None:
+        """Recover; a source that finds nothing out goes on to ask."""
+        await self._recover(run)
+        if run.state is State.HANDING:
+            await self._feed(run, Input.UNCLEAR)
 
-        async def ask(destination: Endpoint) -> None:
+    async def _ask_once(self, run: _Run) -> PaperKind:
+        """Ask the other side, and act on what decides.
+
+        :returns: what it answered.
+        """
+        question = self._cookie(run, _QUESTIONS[run.state])
+        answered = PaperKind.PENDING
+
+        async def ask_destination(destination: Endpoint) -> None:
+            nonlocal answered
             finished = await destination.decide(question)
+            answered = finished.kind
             await self.confirm(finished.cookie)
 
-        await self._peer(run.row.peer_address, ask)
+        async def ask_source(source: Endpoint) -> None:
+            nonlocal answered
+            answer = await source.inquire(question)
+            answered = decode_cookie(answer).paper.kind
+            if answered is not PaperKind.PENDING:
+                await self.decide(answer)
+
+        await self._peer(run.row.peer_address, ask_destination if run.side is Side.SOURCE else ask_source)
+        return answered
+
+    async def _look_and_ask(self, run: _Run) -> PaperKind | None:
+        """Do what this host can find out alone, then ask the other side.
+
+        :returns: what it answered, or None where it was not asked.
+        """
+        async with run.lock:
+            with anyio.CancelScope(shield=True):
+                await self._refresh(run)
+                await self._recover_or_ask(run)
+        if run.done or run.state not in _QUESTIONS:
+            return None
+        return await self._ask_once(run)
 
     async def _ask_until_answered(self, run: _Run) -> None:
         wait_s = _ASK_FIRST_S
         while not run.done:
             try:
-                await self._ask_once(run)
+                await self._look_and_ask(run)
             except FerrymanError as error:
                 _log.info("migration %s is still in doubt: %s", run.row.migration_id, error)
             if not run.done:
@@ -965,7 +1066,7 @@ class Host:
         if run.transfer is not None:
             run.transfer.cancel()
             return
-        if run.state in (State.STOPPED, State.SILENT):
+        if run.state in _QUESTIONS:
             await self._ask_until_answered(run)
             return
         async with run.lock:
@@ -979,11 +1080,8 @@ class Host:
                             run.row, reason="the caller was not heard of for the length of the lease"
                         )
                         await self._feed(run, Input.CANCEL if run.state is State.PREPARED else Input.GIVE_UP)
-                    case State.HANDING | State.CLAIMING:
-                        await self._recover(run)
                     case _:
-                        if run.row.record.decided:
-                            await self._feed(run, Input.RESTART)
+                        await self._recover_or_ask(run)
 
     # Small things
 

@@ -14,7 +14,10 @@ Rules
 5. *Every wait ends by itself*: a destination refuses at the end of its lease, on cancel, on restart, and when a higher
    generation comes; a source before ``handing`` gives up likewise; a source that gave the proof asks until answered.
 6. *A journal knows what it has lost*: a receipt it does not hold is answered ``unknown``, never ``refused``.
-7. A person brings evidence, not permission.
+7. *A person brings evidence, not permission*: what is written off ends, and never runs from an older memory.
+8. *Post-copy*: the source switches only with the destination's pledge, which is durable and ends its lease.  A pledged
+   destination refuses only with the source's word that no proof will come, or where its receiver is gone and never ran.
+   The source keeps its half, whatever was claimed, until every page has come.
 
 How a step is done
 ==================
@@ -32,9 +35,13 @@ States in capitals are durable records, the others live in memory and fall back 
     BEGUN --give up--> KEPT                         PREPARED --cancel--> REFUSED
     HANDING --stayed--> KEPT     (resume)           CLAIMING --ran--> CLAIMED
     HANDING --proved--> stopped                     CLAIMING --never ran--> REFUSED
-    HANDING --lost--> silent                        absent --ask, cancel--> NEVER_PREPARED
-    stopped, silent --claim--> GIVEN   (destroy)
-    stopped, silent --refusal--> KEPT  (resume)
+    HANDING --unclear--> silent                     absent --ask, cancel--> NEVER_PREPARED
+    HANDING --gone--> bereft                        PREPARED --pledge--> PLEDGED
+    stopped, bereft --claim--> GIVEN   (destroy)    PLEDGED --go--> CLAIMING
+    stopped, silent, bereft --refusal--> KEPT       PLEDGED --no proof--> REFUSED
+
+    HANDING --pledged--> HANDING (switch to post-copy) --switched--> switched
+    switched, silent --claim--> GIVEN (serve pages, which without post-copy is nothing) --served--> GIVEN (destroy)
 
 Sources: libvirt's migration protocol v3 for the five phases; QEMU 7.2 ``migration/migration.c`` for rule 2.
 """
@@ -66,6 +73,7 @@ class Record(Enum):
     KEPT = "kept"
     GIVEN = "given"
     PREPARED = "prepared"
+    PLEDGED = "pledged"
     CLAIMING = "claiming"
     CLAIMED = "claimed"
     REFUSED = "refused"
@@ -87,11 +95,18 @@ class State(Enum):
     BEGUN = "begun"
     HANDING = "handing"
     STOPPED = "stopped"
+    """The proof can be given."""
+    SWITCHED = "switched"
+    """The proof can be given, and pages are still to be sent (post-copy)."""
     SILENT = "silent"
+    """The hypervisor does not say what became of the transfer."""
+    BEREFT = "bereft"
+    """The guest's process is gone, and no proof can be given any more."""
     KEPT = "kept"
     GIVEN = "given"
     PREPARING = "preparing"
     PREPARED = "prepared"
+    PLEDGED = "pledged"
     CLAIMING = "claiming"
     CLAIMED = "claimed"
     REFUSED = "refused"
@@ -107,7 +122,11 @@ class Input(Enum):
     GIVE_UP = "give-up"
     PROVED = "proved"
     STAYED = "stayed"
-    LOST = "lost"
+    UNCLEAR = "unclear"
+    GONE = "gone"
+    PLEDGED = "pledged"
+    SWITCHED = "switched"
+    SERVED = "served"
     CLAIM = "claim"
     REFUSAL = "refusal"
     # At the destination.
@@ -116,12 +135,16 @@ class Input(Enum):
     RECEIVER_FAILED = "receiver-failed"
     GO = "go"
     CANCEL = "cancel"
-    ASK = "ask"
+    NO_PROOF = "no-proof"
+    PLEDGE = "pledge"
     RUN_AGAIN = "run-again"
     RAN = "ran"
     NEVER_RAN = "never-ran"
-    # At either: a decided row whose last actions may not have been done.
+    # At either: the other side asks; a decided row whose last actions may not have been done; a person says that the
+    # other host and the guest on it are lost.
+    ASK = "ask"
     RESTART = "restart"
+    WRITTEN_OFF = "written-off"
 
 
 class Action(Enum):
@@ -129,6 +152,8 @@ class Action(Enum):
 
     TRANSFER = "transfer"
     CANCEL_TRANSFER = "cancel-transfer"
+    SWITCH = "switch"
+    SERVE_PAGES = "serve-pages"
     RESUME = "resume"
     DESTROY_COPY = "destroy-copy"
     START_RECEIVER = "start-receiver"
@@ -144,8 +169,11 @@ class PaperKind(Enum):
     PASSPORT = "passport"
     RECEIPT = "receipt"
     PROOF = "proof"
+    NO_PROOF = "no-proof"
     KEPT = "kept"
     GIVEN = "given"
+    SWITCH = "switch"
+    PLEDGE = "pledge"
     CANCEL = "cancel"
     ASK = "ask"
     CLAIM = "claim"
@@ -174,6 +202,8 @@ _LET_GO = Step(
     actions=(Action.DESTROY_COPY, Action.SETTLE),
     answer=PaperKind.GIVEN,
 )
+_GIVE_THE_REST = Step(state=State.GIVEN, record=Record.GIVEN, actions=(Action.SERVE_PAGES,))
+_RUN = Step(state=State.CLAIMING, record=Record.CLAIMING, actions=(Action.RUN_GUEST,))
 _REFUSE = Step(
     state=State.REFUSED,
     record=Record.REFUSED,
@@ -199,6 +229,7 @@ def _again(state: State, answer: PaperKind) -> Step:
 
 
 _PENDING = _again(State.CLAIMING, PaperKind.PENDING)
+_PLEDGED = _again(State.PLEDGED, PaperKind.PENDING)
 _CLAIMED = _again(State.CLAIMED, PaperKind.CLAIM)
 _REFUSED = _again(State.REFUSED, PaperKind.REFUSAL)
 _BARRED = _again(State.NEVER_PREPARED, PaperKind.NEVER_PREPARED)
@@ -213,53 +244,93 @@ TABLE: Mapping[tuple[State, Input], Step] = {
     ),
     (State.BEGUN, Input.GIVE_UP): _KEEP,
     (State.BEGUN, Input.REFUSAL): _KEEP,
+    (State.BEGUN, Input.ASK): _again(State.BEGUN, PaperKind.PENDING),
     (State.HANDING, Input.PROVED): Step(state=State.STOPPED, answer=PaperKind.PROOF),
     (State.HANDING, Input.STAYED): _KEEP,
-    (State.HANDING, Input.LOST): Step(state=State.SILENT),
+    (State.HANDING, Input.UNCLEAR): Step(state=State.SILENT, answer=PaperKind.ASK),
+    (State.HANDING, Input.GONE): Step(state=State.BEREFT, answer=PaperKind.NO_PROOF),
     (State.HANDING, Input.GIVE_UP): Step(state=State.HANDING, actions=(Action.CANCEL_TRANSFER,)),
     (State.HANDING, Input.REFUSAL): Step(state=State.HANDING, actions=(Action.CANCEL_TRANSFER,)),
+    (State.HANDING, Input.ASK): _again(State.HANDING, PaperKind.PENDING),
+    (State.HANDING, Input.PLEDGED): Step(state=State.HANDING, actions=(Action.SWITCH,)),
+    (State.HANDING, Input.SWITCHED): Step(state=State.SWITCHED, answer=PaperKind.PROOF),
     (State.STOPPED, Input.CLAIM): _LET_GO,
     (State.STOPPED, Input.REFUSAL): _KEEP,
-    (State.SILENT, Input.CLAIM): _LET_GO,
+    (State.STOPPED, Input.ASK): _again(State.STOPPED, PaperKind.PROOF),
+    (State.STOPPED, Input.WRITTEN_OFF): _LET_GO,
+    (State.SILENT, Input.PROVED): Step(state=State.STOPPED, answer=PaperKind.PROOF),
+    (State.SILENT, Input.SWITCHED): Step(state=State.SWITCHED, answer=PaperKind.PROOF),
+    (State.SILENT, Input.STAYED): _KEEP,
+    (State.SILENT, Input.GONE): Step(state=State.BEREFT, answer=PaperKind.NO_PROOF),
+    (State.SILENT, Input.GIVE_UP): Step(state=State.SILENT, actions=(Action.CANCEL_TRANSFER,)),
+    (State.SILENT, Input.CLAIM): _GIVE_THE_REST,
     (State.SILENT, Input.REFUSAL): _KEEP,
+    (State.SILENT, Input.ASK): _again(State.SILENT, PaperKind.PENDING),
+    (State.SILENT, Input.WRITTEN_OFF): _LET_GO,
+    (State.BEREFT, Input.CLAIM): _LET_GO,
+    (State.BEREFT, Input.REFUSAL): _KEEP,
+    (State.BEREFT, Input.ASK): _again(State.BEREFT, PaperKind.NO_PROOF),
+    (State.BEREFT, Input.WRITTEN_OFF): _LET_GO,
+    (State.SWITCHED, Input.CLAIM): _GIVE_THE_REST,
+    (State.SWITCHED, Input.REFUSAL): _KEEP,
+    (State.SWITCHED, Input.ASK): _again(State.SWITCHED, PaperKind.PROOF),
+    (State.SWITCHED, Input.WRITTEN_OFF): _LET_GO,
     (State.KEPT, Input.RESTART): replace(_KEEP, record=None),
     (State.KEPT, Input.PERFORM): _KEPT,
     (State.KEPT, Input.GIVE_UP): _KEPT,
     (State.KEPT, Input.REFUSAL): _KEPT,
-    (State.GIVEN, Input.RESTART): replace(_LET_GO, record=None),
+    (State.KEPT, Input.ASK): _KEPT,
+    (State.GIVEN, Input.RESTART): replace(_GIVE_THE_REST, record=None),
+    (State.GIVEN, Input.SERVED): replace(_LET_GO, record=None),
+    (State.GIVEN, Input.WRITTEN_OFF): _LET_GO,
     (State.GIVEN, Input.CLAIM): _GIVEN,
     (State.GIVEN, Input.GIVE_UP): _GIVEN,
+    (State.GIVEN, Input.ASK): _again(State.GIVEN, PaperKind.NO_PROOF),
     # Destination.
     (State.ABSENT, Input.PREPARE): Step(state=State.PREPARING, actions=(Action.START_RECEIVER,)),
     (State.ABSENT, Input.ASK): _BAR,
     (State.ABSENT, Input.CANCEL): _BAR,
+    (State.ABSENT, Input.NO_PROOF): _BAR,
     (State.PREPARING, Input.RECEIVER_UP): Step(
         state=State.PREPARED, record=Record.PREPARED, answer=PaperKind.RECEIPT
     ),
     (State.PREPARING, Input.RECEIVER_FAILED): replace(_BAR, actions=(Action.DESTROY_RECEIVER, Action.SETTLE)),
-    (State.PREPARED, Input.GO): Step(
-        state=State.CLAIMING, record=Record.CLAIMING, actions=(Action.RUN_GUEST,)
-    ),
+    (State.PREPARED, Input.GO): _RUN,
     (State.PREPARED, Input.CANCEL): _REFUSE,
+    (State.PREPARED, Input.NO_PROOF): _REFUSE,
+    (State.PREPARED, Input.WRITTEN_OFF): _REFUSE,
     (State.PREPARED, Input.ASK): _again(State.PREPARED, PaperKind.PENDING),
     (State.PREPARED, Input.RAN): _CLAIM,
+    (State.PREPARED, Input.PLEDGE): Step(state=State.PLEDGED, record=Record.PLEDGED, answer=PaperKind.PLEDGE),
+    (State.PLEDGED, Input.PLEDGE): _again(State.PLEDGED, PaperKind.PLEDGE),
+    (State.PLEDGED, Input.GO): _RUN,
+    (State.PLEDGED, Input.CANCEL): _PLEDGED,
+    (State.PLEDGED, Input.ASK): _PLEDGED,
+    (State.PLEDGED, Input.NO_PROOF): _REFUSE,
+    (State.PLEDGED, Input.NEVER_RAN): _REFUSE,
+    (State.PLEDGED, Input.WRITTEN_OFF): _REFUSE,
+    (State.PLEDGED, Input.RAN): _CLAIM,
     (State.CLAIMING, Input.RUN_AGAIN): Step(state=State.CLAIMING, actions=(Action.RUN_GUEST,)),
     (State.CLAIMING, Input.RAN): _CLAIM,
     (State.CLAIMING, Input.NEVER_RAN): _REFUSE,
     (State.CLAIMING, Input.GO): _PENDING,
     (State.CLAIMING, Input.CANCEL): _PENDING,
+    (State.CLAIMING, Input.NO_PROOF): _PENDING,
     (State.CLAIMING, Input.ASK): _PENDING,
     (State.CLAIMED, Input.RESTART): replace(_CLAIM, record=None),
     (State.CLAIMED, Input.GO): _CLAIMED,
     (State.CLAIMED, Input.CANCEL): _CLAIMED,
+    (State.CLAIMED, Input.NO_PROOF): _CLAIMED,
     (State.CLAIMED, Input.ASK): _CLAIMED,
     (State.REFUSED, Input.RESTART): replace(_REFUSE, record=None),
     (State.REFUSED, Input.GO): _REFUSED,
     (State.REFUSED, Input.CANCEL): _REFUSED,
+    (State.REFUSED, Input.NO_PROOF): _REFUSED,
     (State.REFUSED, Input.ASK): _REFUSED,
     (State.NEVER_PREPARED, Input.PREPARE): _BARRED,
     (State.NEVER_PREPARED, Input.ASK): _BARRED,
     (State.NEVER_PREPARED, Input.CANCEL): _BARRED,
+    (State.NEVER_PREPARED, Input.NO_PROOF): _BARRED,
     (State.NEVER_PREPARED, Input.RESTART): replace(
         _BAR, record=None, actions=(Action.DESTROY_RECEIVER, Action.SETTLE)
     ),
@@ -384,10 +455,26 @@ def admit_question(row: MigrationRow | None, paper: Paper) -> Input | PaperKind:
         case PaperKind.PROOF:
             # Rule 1: a proof that names no receipt is about no receiver.
             return Input.GO if row is not None and names(row, paper) else PaperKind.UNKNOWN
-        case PaperKind.KEPT | PaperKind.CANCEL:
+        case PaperKind.KEPT | PaperKind.NO_PROOF:
+            return Input.NO_PROOF
+        case PaperKind.SWITCH:
+            return Input.PLEDGE if row is not None and names(row, paper) else PaperKind.UNKNOWN
+        case PaperKind.CANCEL:
             return Input.CANCEL
         case _:
             return Input.ASK
+
+
+def admit_inquiry(row: MigrationRow | None, paper: Paper) -> Input | PaperKind:
+    """What a source makes of a destination's question: an input of the table, or an answer at once.
+
+    A source that was never told to perform has not seen the receipt that the destination shows.
+    """
+    if row is None or row.migration_id != paper.migration_id or row.generation != paper.generation:
+        return PaperKind.UNKNOWN
+    if row.receipt is not None and row.receipt != paper.receipt:
+        return PaperKind.UNKNOWN
+    return Input.ASK
 
 
 def admit_answer(row: MigrationRow, paper: Paper, *, newest: bool) -> Input | None:
@@ -402,6 +489,8 @@ def admit_answer(row: MigrationRow, paper: Paper, *, newest: bool) -> Input | No
             return Input.CLAIM
         case PaperKind.REFUSAL:
             return Input.REFUSAL
+        case PaperKind.PLEDGE:
+            return Input.PLEDGED
         case _:
             return None
 
@@ -429,6 +518,17 @@ def recover(row: MigrationRow, evidence: Evidence) -> Input | None:
                     return None
                 case _:
                     assert_never(evidence.guest)
+        case Record.PLEDGED:
+            match evidence.guest:
+                case GuestEvidence.RUNNING:
+                    return Input.RAN
+                case GuestEvidence.GONE:
+                    # ``claiming`` is written before it may run.
+                    return Input.NEVER_RAN
+                case GuestEvidence.STOPPED | GuestEvidence.HALTED | GuestEvidence.UNKNOWN:
+                    return None  # the source knows whether there is a proof
+                case _:
+                    assert_never(evidence.guest)
         case Record.CLAIMING:
             match evidence.guest:
                 case GuestEvidence.RUNNING | GuestEvidence.HALTED:
@@ -449,25 +549,35 @@ def recover(row: MigrationRow, evidence: Evidence) -> Input | None:
 
 
 def _recover_source(record: Record, evidence: Evidence) -> Input | None:
-    if record is Record.BEGUN and evidence.transfer is TransferEvidence.NONE:
-        return Input.GIVE_UP
+    if record is Record.BEGUN:
+        return _recover_begun(evidence)
     if evidence.guest is GuestEvidence.GONE:
-        # A begun row has no receipt to ask with, and a transfer that never began cannot have been claimed.
-        return Input.LOST if record is Record.HANDING else Input.GIVE_UP
+        return Input.GONE
     match evidence.transfer:
         case TransferEvidence.ACTIVE:
             return Input.GIVE_UP
         case TransferEvidence.NONE | TransferEvidence.FAILED:
-            return Input.STAYED if record is Record.HANDING else Input.GIVE_UP
+            return Input.STAYED
         case TransferEvidence.COMPLETED:
-            if record is Record.BEGUN:
-                return None
             # QEMU keeps saying ``completed`` after somebody resumed the guest (experiment 2): running means kept.
             return Input.STAYED if evidence.guest is GuestEvidence.RUNNING else Input.PROVED
+        case TransferEvidence.SWITCHED:
+            return Input.SWITCHED
         case TransferEvidence.UNKNOWN:
-            return (
-                Input.STAYED if evidence.guest is GuestEvidence.RUNNING and record is Record.HANDING else None
-            )
+            return Input.STAYED if evidence.guest is GuestEvidence.RUNNING else None
+        case _:
+            assert_never(evidence.transfer)
+
+
+def _recover_begun(evidence: Evidence) -> Input | None:
+    """Give up; a transfer that went on without a receipt could never be claimed, and nobody begins one."""
+    if evidence.guest is GuestEvidence.GONE:
+        return Input.GIVE_UP
+    match evidence.transfer:
+        case TransferEvidence.NONE | TransferEvidence.FAILED | TransferEvidence.ACTIVE:
+            return Input.GIVE_UP
+        case TransferEvidence.COMPLETED | TransferEvidence.SWITCHED | TransferEvidence.UNKNOWN:
+            return None
         case _:
             assert_never(evidence.transfer)
 

@@ -267,10 +267,13 @@ class PerformReply:
     :param statistics: of the whole transfer, as far as they are known without lengthening the blackout.
     :param stopped_for_ms: how long the guest has been stopped, by this host's monotonic clock; None for a guest that
         was paused before.
+    :param switched: post-copy: the destination has the device state, the source's hypervisor can no longer fail back,
+        and pages are still to be sent; ``migrate_serve`` waits for them.
     """
 
     statistics: TransferStatistics
     stopped_for_ms: float | None = None
+    switched: bool = False
 
 
 class Verdict(Enum):
@@ -551,6 +554,17 @@ class DriverHooks:
         """Change a running transfer.  Without it: not supported.
 
         :raises HypervisorError: the setting is unchanged.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_serve(self, request: EvidenceRequest) -> None:
+        """Post-copy, at the source: wait until every page has come, or until the process is gone.
+
+        Called when the destination has claimed the guest, and again after a restart; the copy is destroyed afterwards.
+        Needed by a driver whose ``migrate_perform`` can answer ``switched``, and by no other.
+
+        :raises HypervisorError: it is not known yet; called again later.
         """
         raise NotImplementedError
 

@@ -218,7 +218,7 @@ class Journal:
             _lock(mark, path)
             try:
                 database, reader, head = _open_database(path, stack)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:  # what sqlite says may quote what is damaged
                 if _is_full(error):
                     raise JournalFullError(f"no room to open the journal {path}: free some space") from error
                 raise JournalError(f"the journal {path} cannot be used: {error}") from error
@@ -551,6 +551,8 @@ def _set_up(database: sqlite3.Connection, path: Path, *, make: bool) -> _Head:
     head, sealed = _read_head(database, path)
     if head.sealed != sealed:
         raise JournalError(f"the journal {path} is damaged: its rows are not those that were written")
+    # sqlite opens what it can only read; a journal that takes no decision must not open.
+    database.execute("UPDATE meta SET value = ? WHERE key = 'digest'", (sealed,))
     return head
 
 

@@ -506,7 +506,9 @@ class MigrationJob:
     async def _cancel_destination(self, plan: Plan, cookie: bytes) -> Finished | None:
         """Let the destination refuse; its lease does the same when it cannot be reached."""
         kind = decode_cookie(cookie).paper.kind
-        paper = cookie if kind is PaperKind.KEPT else _with_kind(cookie, PaperKind.CANCEL)
+        paper = (
+            cookie if kind in (PaperKind.KEPT, PaperKind.NO_PROOF) else _with_kind(cookie, PaperKind.CANCEL)
+        )
         try:
             finished = await self._ask(plan, paper)
         except FerrymanError as error:

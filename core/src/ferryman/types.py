@@ -133,8 +133,11 @@ class TransferEvidence(Enum):
 
     NONE = "none"
     ACTIVE = "active"
+    """Until it ends, the hypervisor may resume the guest by itself."""
     FAILED = "failed"
     COMPLETED = "completed"
+    SWITCHED = "switched"
+    """Post-copy: the destination has the device state, the source can no longer resume, pages are still to be sent."""
     UNKNOWN = "unknown"
 
 
