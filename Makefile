@@ -5,7 +5,7 @@ BIN := .venv/bin
 SETUP = @$(PYTHON) tests/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports spelling docs bench wheels pins clean \
+.PHONY: help demo test check lint types imports spelling docs bench fault wheels pins clean \
 	setup-check setup-docs setup-test
 
 help: ## list the targets
@@ -40,6 +40,9 @@ docs: setup-docs ## build the documentation into docs/_build/html
 bench: ## measure migrations, and those of others
 	$(SETUP) bench
 	@$(BIN)/python -m tests.bench
+
+fault: setup-test ## kill and cut at every step of migrations; SAMPLE=40 SEED=1 picks cases
+	@$(BIN)/python -m tests.fault $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 wheels: setup-test ## build the wheels of all distributions into dist/
 	for folder in core plugins/qemu plugins/xen plugins/remote; do \

@@ -97,6 +97,7 @@ _TEST_PROGRAMS = (
     Program(package="busybox-static", name="busybox", shared_name=True),
     Program(package="nasm", name="nasm"),
     Program(package="iproute2", name="ip"),
+    Program(package="iptables", name="iptables-restore"),
     # It brings libvirt's schema of domain definitions too.
     Program(package="libvirt-clients", name="virsh"),
 )
