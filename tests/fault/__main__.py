@@ -209,6 +209,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _interrupt(_number: int, _frame: object) -> None:
+    """End once, and leave nothing behind: a second signal must not come between."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the campaign; 0 if everything went as the rules say."""
     arguments = _parse(argv)
@@ -219,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking:
         print(f"fault: FAILED cases=0: this machine lacks {lacking}")
         return 1
-    # The end of a terminal's session takes the way of the interrupt key, which leaves nothing behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     if arguments.seed is None:
         arguments.seed = int(time.time())
     campaign = Campaign(seed=arguments.seed)

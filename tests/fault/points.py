@@ -126,8 +126,10 @@ def stopping(armed: list[str], trace: Path) -> Iterator[None]:
         if point in left:
             left.remove(point)
             print("here", point, flush=True)
-            if not os.read(0, 64):
-                os._exit(1)  # whoever waited for this program is gone
+            # Byte by byte, since what follows the line is for somebody else.
+            while (byte := os.read(0, 1)) != b"\n":
+                if not byte:
+                    os._exit(1)  # whoever waited for this program is gone
 
     try:
         with watched(passed):

@@ -26,7 +26,7 @@ from typing import Any
 import anyio
 from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskGroup
 
-from ferryman.errors import ConnectError, ConnectionClosedError
+from ferryman.errors import ConnectError, ConnectionClosedError, FerrymanError
 
 CONNECT_S = 1.0
 SILENCE_S = 1.5
@@ -256,9 +256,13 @@ class Link:
 
 
 async def ask(host: str, port: int, question: Callable[[Link], Awaitable[None]]) -> None:
-    """Connect for the length of one question."""
+    """Connect for the length of one question, whose error is raised as it is."""
+    failure: FerrymanError | None = None
     async with anyio.create_task_group() as tasks:
         try:
             await question(await Link.dial(host, port, tasks))
-        finally:
-            tasks.cancel_scope.cancel()
+        except FerrymanError as error:
+            failure = error  # not through the group, which would wrap it
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
