@@ -541,7 +541,11 @@ class _Run:
         end_s = time.monotonic() + _SETTLE_S
         while True:
             self._wait("a manager", lambda: all(manager.ready for manager in self._managers.values()))
-            opened = [state for place in "ab" for state in (self._state(place) or {"open": ["?"]})["open"]]
+            opened = []
+            for place in "ab":
+                state = self._state(place)
+                # A migration that is just being begun is not open yet, but somebody is at it.
+                opened += ["no answer"] if state is None else [*state["open"], *state["busy"]]
             if not opened and not self._due:
                 return
             if time.monotonic() > end_s:

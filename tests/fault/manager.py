@@ -89,7 +89,7 @@ def _altered(arguments: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-async def _obey(connection: Connection) -> None:
+async def _obey(connection: Connection, busy: list[str]) -> None:
     rest = b""
     while True:
         await anyio.wait_readable(0)
@@ -107,6 +107,7 @@ async def _obey(connection: Connection) -> None:
                         "open": [
                             f"{row.migration_id} {row.record.value}" for row in connection.open_migrations()
                         ],
+                        "busy": busy,
                         "domains": [
                             [domain.name, (await domain.info()).state.value]
                             for domain in await connection.list_domains()
@@ -120,10 +121,11 @@ async def _obey(connection: Connection) -> None:
 async def _main(arguments: argparse.Namespace) -> None:
     with _altered(arguments):
         async with ferryman.connect(arguments.uri) as connection:
+            busy: list[str] = []
             targets = {"hooks": connection.hooks, "host": connection.host, "desk": _Desk(connection)}
 
             async def handle(stream: anyio.abc.SocketStream) -> None:
-                await serve(stream, targets, progress_of=frozenset({"perform"}))
+                await serve(stream, targets, progress_of=frozenset({"perform"}), busy=busy)
 
             async with anyio.create_task_group() as tasks:
                 for address in arguments.listen:
@@ -131,7 +133,7 @@ async def _main(arguments: argparse.Namespace) -> None:
                     listener = await anyio.create_tcp_listener(local_host=host, local_port=port)
                     tasks.start_soon(listener.serve, handle)
                 print("ready", flush=True)
-                await _obey(connection)
+                await _obey(connection, busy)
                 tasks.cancel_scope.cancel()
 
 

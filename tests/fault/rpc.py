@@ -119,10 +119,13 @@ class _Wire:
         await anyio.aclose_forcefully(self._stream)
 
 
-async def serve(stream: ByteStream, targets: Mapping[str, object], *, progress_of: frozenset[str]) -> None:
+async def serve(
+    stream: ByteStream, targets: Mapping[str, object], *, progress_of: frozenset[str], busy: list[str]
+) -> None:
     """Serve one connection until it is gone.
 
     :param progress_of: names of calls that take a last argument to report progress by.
+    :param busy: holds the name of every call that is being done.
     """
     if isinstance(stream, SocketStream):
         be_impatient(stream.extra(SocketAttribute.raw_socket))
@@ -130,6 +133,7 @@ async def serve(stream: ByteStream, targets: Mapping[str, object], *, progress_o
     scopes: dict[int, anyio.CancelScope] = {}
 
     async def run(number: int, target: str, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        busy.append(name)
         with anyio.CancelScope() as scope:
             scopes[number] = scope
             if name in progress_of:
@@ -144,6 +148,7 @@ async def serve(stream: ByteStream, targets: Mapping[str, object], *, progress_o
                 wire.send("error", number, error)
             finally:
                 del scopes[number]
+                busy.remove(name)
 
     try:
         async with anyio.create_task_group() as tasks:
