@@ -41,6 +41,10 @@ bench: ## measure migrations, and those of others
 	$(SETUP) bench
 	@$(BIN)/python -m tests.bench
 
+safety: ## measure what the journal costs
+	$(SETUP) bench
+	@$(BIN)/python -m tests.bench.safety
+
 fault: setup-test ## kill and cut at every step of migrations; SAMPLE=40 SEED=1 picks cases
 	@$(BIN)/python -m tests.fault $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ class FerrymanPeer:
     """Two embedded roots of the QEMU driver, and one process that migrates between them.
 
     :param loop: ``asyncio``, ``uvloop`` or ``trio``.
+    :param journal_can_be_off: :attr:`journal_on` is heeded.
     """
 
-    def __init__(self, *, loop: str = "asyncio") -> None:
+    def __init__(self, *, loop: str = "asyncio", journal_can_be_off: bool = False) -> None:
         self._loop = loop
+        self._journal_can_be_off = journal_can_be_off
+        self.journal_on = True
         self._directory: Path | None = None
         self._worker: subprocess.Popen[str] | None = None
         self._pids: dict[str, int] = {}
@@ -48,7 +52,8 @@ class FerrymanPeer:
             raise PeerUnavailable(f"{guests[0].qemu_argv[0]} is not installed")
         self._directory = Path(tempfile.mkdtemp(prefix="ferryman-bench-"))
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.peer_ferryman", str(self._directory), self._loop],
+            [sys.executable, "-m", "tests.bench.peer_ferryman", str(self._directory), self._loop]
+            + ["journal-can-be-off"] * self._journal_can_be_off,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -62,7 +67,10 @@ class FerrymanPeer:
     def migrate_many(self, guests: Sequence[GuestSpec], direction: Direction) -> list[Sample]:
         assert self._directory is not None
         answer = self._ask(
-            command="migrate", names=[guest.name for guest in guests], direction=direction.value
+            command="migrate",
+            names=[guest.name for guest in guests],
+            direction=direction.value,
+            journal_on=self.journal_on,
         )
         self.peak_rss_bytes = max(self.peak_rss_bytes, answer["peak_rss_bytes"])
         now = pids_by_name(self._directory / direction.destination.value)
@@ -148,7 +156,7 @@ class _Marks:
         return (self.cont_ns[name] - self.completed_ns[name]) / 1e6
 
 
-async def _work(directory: str) -> None:
+async def _work(directory: str, switch: Any = None) -> None:
     import ferryman
 
     marks = _Marks()
@@ -165,6 +173,8 @@ async def _work(directory: str) -> None:
                         answer: dict[str, Any] = {}
                     case "migrate":
                         there = Direction(request["direction"]) is Direction.A_TO_B
+                        if switch is not None:
+                            switch.on = request["journal_on"]
                         answer = await _migrate(request["names"], *((a, b) if there else (b, a)), marks)
                     case _:
                         for connection in (a, b):
@@ -209,10 +219,19 @@ async def _migrate(names: list[str], source: Any, destination: Any, marks: _Mark
 
 
 def main() -> None:
-    """Run the worker: ``python -m tests.bench.peer_ferryman DIRECTORY LOOP``."""
-    directory, loop = sys.argv[1:]
+    """Run the worker: ``python -m tests.bench.peer_ferryman DIRECTORY LOOP [journal-can-be-off]``."""
+    directory, loop, *more = sys.argv[1:]
     options = {"use_uvloop": True} if loop == "uvloop" else {}
-    anyio.run(_work, directory, backend="trio" if loop == "trio" else "asyncio", backend_options=options)
+    with ExitStack() as stack:
+        switch = None
+        if more:
+            from tests.bench.journal_switch import (
+                switched_journals,
+            )  # what it loads would count as Ferryman's
+
+            switch = stack.enter_context(switched_journals())
+        backend = "trio" if loop == "trio" else "asyncio"
+        anyio.run(_work, directory, switch, backend=backend, backend_options=options)
 
 
 if __name__ == "__main__":
