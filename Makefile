@@ -5,7 +5,7 @@ BIN := .venv/bin
 SETUP = @$(PYTHON) tests/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports spelling docs bench fault wheels pins clean \
+.PHONY: help demo test check lint types imports spelling docs bench safety fault wheels pins clean \
 	setup-check setup-docs setup-test
 
 help: ## list the targets
