@@ -232,8 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seed = int(time.time())
     campaign = Campaign(seed=arguments.seed)
     begin_s = time.monotonic()
-    cases, reached = _plan(arguments, campaign)
-    _run(cases, arguments.jobs, campaign.results)
+    try:
+        cases, reached = _plan(arguments, campaign)
+        _run(cases, arguments.jobs, campaign.results)
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left behind")
+        return 130
     campaign.pairs = campaign.pairs or len(cases)
     campaign.seconds = time.monotonic() - begin_s
     _coverage(campaign, reached)

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +58,11 @@ MOMENTS = 20
 RUN_TWICE = "plant-second-runner"
 """Not a fault that Ferryman must bear, but a violation for the campaign to find."""
 
-_GUEST = CounterGuest(memory_bytes=16 * MIB, tick_hz=1000, page_count=2000, pages_per_tick=1, prefill=True)
+_GUEST = CounterGuest(
+    memory_bytes=16 * MIB, tick_hz=1000, page_count=2000, pages_per_tick=1, prefill=True, disk_ticks=16
+)
+_DISK_REACH_TICKS = 4 * _GUEST.disk_ticks
+"""How far the disk and the last tick that was heard may be apart: what is under way when a process is killed."""
 _SLOW_BYTES_PER_S = 8 * MIB
 _LEASE_S, _PATIENCE_S = 1.5, 3.0
 _PLACES = {"source": "a", "destination": "b"}
@@ -220,8 +224,6 @@ class Lab:
             self.directory = Path(tempfile.mkdtemp(prefix="ferryman-fault-"))
             stack.callback(shutil.rmtree, self.directory)
             self.network = stack.enter_context(Network())
-            self.image = self.directory / "image"
-            _GUEST.write_image(self.image)
             self.probe: bytes | None = None
             self._numbers = 0
             self._stack = stack.pop_all()
@@ -289,6 +291,10 @@ class _Run:
         self._armed_s: float | None = None
         self._phase_s: float | None = None
         self._states: dict[str, dict[str, Any]] = {}
+        # A disk that is written is locked by QEMU, which would refuse what is to be planted.
+        self._guest = replace(_GUEST, disk_ticks=0) if case.fault == RUN_TWICE else _GUEST
+        self._image = directory / "image"
+        self._on_disk = 0
 
     def close(self) -> None:
         """End every process of the case, and take its cuts back."""
@@ -359,6 +365,7 @@ class _Run:
         """Wait for the next line, or until a time, and act on it and on what is due."""
         if self._lab.stop.is_set():
             raise Interrupted
+        self._check_disk()
         now = time.monotonic()
         for item in [due for due in self._due if due[0] <= now]:
             self._due.remove(item)
@@ -477,6 +484,7 @@ class _Run:
 
     def go(self) -> None:
         """Migrate, strike, let all settle, and look."""
+        self._guest.write_image(self._image)
         witness = self._stack.enter_context(Witness())
         self._witness = witness
         for place in "ab":
@@ -486,7 +494,7 @@ class _Run:
             self._start_manager(place)
         self._coordinator = self._start_coordinator("a", "b", scripted=True)
         definition = self._directory / "definition.xml"
-        definition.write_text(_GUEST.domain_xml(NAME, uuid.uuid4(), self._lab.image, witness.socket_path))
+        definition.write_text(self._guest.domain_xml(NAME, uuid.uuid4(), self._image, witness.socket_path))
         self._managers["a"].say(f"create {definition}")
         self._wait("the guest", lambda: "created" in self._states)
         witness.wait_tick(20, _PROMPT_S)
@@ -583,6 +591,14 @@ class _Run:
                 )
         return outcome
 
+    def _check_disk(self) -> int:
+        """What the guest wrote to its disk never goes back."""
+        value = self._guest.tick_on_disk(self._image)
+        if value < self._on_disk:
+            self.result.violations.append(f"the disk went back from tick {self._on_disk} to {value}")
+        self._on_disk = value
+        return value
+
     def _check_ticks(self, found: dict[str, list[int]]) -> None:
         alive = [pid for pids in found.values() for pid in pids]
         last = self._witness.last()
@@ -592,7 +608,11 @@ class _Run:
                 self._witness.wait_tick(value + 10, _RUNS_S)
             except WitnessTimeoutError:
                 self.result.violations.append(f"the emulators {alive} are there, and no guest ticks")
+        on_disk = self._check_disk()
         seen = self._witness.report()
+        now = max((tick.value for tick in self._witness.ticks()), default=0)
+        if self._guest.disk_ticks and abs(now - on_disk) > _DISK_REACH_TICKS:
+            self.result.violations.append(f"the disk holds tick {on_disk}, and the last one was {now}")
         heard = {tick.pid for tick in self._witness.ticks() if tick.t_ns > since_ns}
         if not heard <= set(alive):
             self.result.violations.append(f"ticks come from {heard}, and the emulators are {alive}")

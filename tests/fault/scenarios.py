@@ -97,7 +97,6 @@ _REASONS = {
     "source.*.switched": _POSTCOPY,
     "source.*.pledged": _POSTCOPY,
     "source.given.served": _POSTCOPY,
-    "source.given.unserved": _POSTCOPY,
     "destination.pledged.*": _POSTCOPY,
     "destination.*.pledge": _POSTCOPY,
     "source.begun.refusal": "a refusal carries a receipt, and a begun row holds none, so that it is not taken",

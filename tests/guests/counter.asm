@@ -1,5 +1,6 @@
 ; The counter guest: one boot sector for a PC BIOS. It counts timer ticks, prints them on COM1, rewrites
-; memory by a rule that can be checked from outside, and halts in between.
+; memory by a rule that can be checked from outside, writes its counters to its disk if it is told to, and
+; halts in between.
 ;
 ;     nasm -f bin -o counter.bin counter.asm
 ;
@@ -34,6 +35,7 @@ IDT_BYTES       equ (IRQ0_VECTOR + 1) * 8
 CODE            equ 0x08
 DATA            equ 0x10
 COM1            equ 0x3f8
+IDE             equ 0x1f0
 
         org 0x7c00
         bits 16
@@ -113,6 +115,12 @@ wait_for_tick:
         call put_byte
         mov ebx, [pages_per_tick]
         call fill_pages
+        mov al, [disk_mask]
+        test al, al
+        jz wait_for_tick
+        test [TICK], al
+        jnz wait_for_tick
+        call write_disk
         jmp wait_for_tick
 
 ; Write AL to COM1 once its transmitter takes a byte. Changes EDX, AH.
@@ -194,7 +202,43 @@ page_count:     dd 256                  ; at least 1
 pages_per_tick: dd 0
 divisor:        dw 11932                ; of 1193182 Hz: 100 ticks a second
 prefill:        db 0                    ; 1: fill every page once before the first tick (steps 0..page_count-1)
-                db 0
+disk_mask:      db 0                    ; write the disk on ticks that have none of these bits; 0: never
+
+; Write the counters to sector 1 of the first IDE disk, by programmed I/O. Changes EAX, ECX, EDX, ESI.
+write_disk:
+        mov edx, IDE + 0x206
+        mov al, 2                       ; no interrupts
+        out dx, al
+        mov esi, ide_writes
+        mov edx, IDE + 1
+.next:
+        inc edx
+        lodsb
+        out dx, al
+        cmp esi, ide_writes.end
+        jb .next
+.busy:
+        in al, dx
+        and al, 0x88
+        cmp al, 0x08                    ; not busy, and it wants the data
+        jne .busy
+        mov edx, IDE
+        mov esi, TICK
+        mov ecx, 256
+        rep outsw
+        mov edx, IDE + 7
+.writing:
+        in al, dx
+        test al, 0x80
+        jnz .writing
+        ret
+
+ide_writes:                             ; ports IDE + 2 to IDE + 7
+        db 1                            ; one sector
+        db 1, 0, 0                      ; number 1
+        db 0xe0                         ; first disk, by number
+        db 0x30                         ; write sectors
+.end:
 
         times 510 - ($ - start) db 0
         dw 0xaa55

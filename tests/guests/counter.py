@@ -35,10 +35,11 @@ STEP_ADDRESS = 0x6004
 PAGES_ADDRESS = 0x200000
 PARAMETERS_OFFSET = 0x1A0
 
-# Base address, page count, pages per tick, PIT divisor, prefill flag, one byte of padding.
-_PARAMETERS = struct.Struct("<IIIHBx")
+# Base address, page count, pages per tick, PIT divisor, prefill flag, mask of the ticks that write the disk.
+_PARAMETERS = struct.Struct("<IIIHBB")
 _COUNTERS = struct.Struct("<II")
 _PIT_HZ = 1_193_182
+_DISK_TICKS = (0, 2, 4, 8, 16, 32, 64, 128)
 _SLOWEST_TICK_HZ, _FASTEST_TICK_HZ = 19, 1000
 
 # SeaBIOS keeps its tables in the last 256 KiB of memory and has used what lies below them while it started.
@@ -49,14 +50,13 @@ _LARGEST_MEMORY_BYTES = 2 * 1024**3
 _REPORTED_PAGE_ERRORS = 16
 
 SECTOR = base64.b64decode(
-    b"+vwxwI7Y5JIMAiT+5pIPARZofQ8gwAwBDyLAZuojfAAACABmuBAAjtiOwI7QvAB8AAC/AFAAALlCAAAAMcDzq8cFAFEAACR9"
-    b"CADHBQRRAAAAjgAADwEdbn0AAKMAYAAAowRgAAC+K30AAA+3FopGAoPGA+6B/k99AABy7oA9rn0AAAB0C4sdpH0AAOhiAAAA"
-    b"sDTmQ6CsfQAA5kCgrX0AAOZA+/T6/wUAYAAAix0AYAAAuQgAAADBwwSI2CQPPAocaS/oFgAAAOLtsAroDQAAAIsdqH0AAOgX"
-    b"AAAA68WIxLr9AwAA7KggdPuI4Lr4AwAA7sOF23QtoQRgAAAx0vc1pH0AAMHiDAMVoH0AAInXoQRgAAC5AAQAAPOr/wUEYAAA"
-    b"S+vPw1CwIOYgWM8gABEhACAhAAQhAAEhAP6hAP/5AwD7A4D4AwH5AwD7AwP6AwAAAAAAAAAAAAD//wAAAJvPAP//AAAAk88A"
-    b"FwBQfQAABwEAUAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAACAAAAEAAAAAAACcLgAA"
-    b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
-    b"AAAAAAAAVao="
+    b"+vwxwI7Y5JIMAiT+5pIPARaAfQ8gwAwBDyLAZuojfAAACABmuBAAjtiOwI7QvAB8AAC/AFAAALlCAAAAMcDzq8cFAFEAADp9CADH"
+    b"BQRRAAAAjgAADwEdhn0AAKMAYAAAowRgAAC+QX0AAA+3FopGAoPGA+6B/mV9AABy7oA9rn0AAAB0C4sdpH0AAOh4AAAAsDTmQ6Cs"
+    b"fQAA5kCgrX0AAOZA+/T6/wUAYAAAix0AYAAAuQgAAADBwwSI2CQPPAocaS/oLAAAAOLtsAroIwAAAIsdqH0AAOgtAAAAoK99AACE"
+    b"wHS+hAUAYAAAdbbovwAAAOuviMS6/QMAAOyoIHT7iOC6+AMAAO7Dhdt0LaEEYAAAMdL3NaR9AADB4gwDFaB9AACJ16EEYAAAuQAE"
+    b"AADzq/8FBGAAAEvrz8NQsCDmIFjPIAARIQAgIQAEIQABIQD+oQD/+QMA+wOA+AMB+QMA+wMD+gMAAAAAAAAAAAAAAAD//wAAAJvP"
+    b"AP//AAAAk88AFwBofQAABwEAUAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAACAAAAEAAAAAAACcLgAAuvYDAACwAu6+8X0AALrxAQAA"
+    b"Qqzugf73fQAAcvXsJIg8CHX5uvABAAC+AGAAALkAAQAA82ZvuvcBAADsqIB1+8MBAQAA4DAAAAAAAAAAVao="
 )
 
 Dump: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | mmap.mmap
@@ -102,6 +102,8 @@ class CounterGuest:
     :param pages_per_tick: how many steps a tick does. Under TCG one core does some 300,000 a second.
     :param prefill: write every page once before the first tick (steps 0 to ``page_count`` - 1), so that none
         is zero and a migration has to send all of them.
+    :param disk_ticks: write the counters to the disk once in so many ticks, a power of two from 2 to 128; the disk
+        is then a writable one. 0 never writes.
     :raises ValueError: a parameter is outside its range, or the pages do not fit into the memory.
     """
 
@@ -110,6 +112,7 @@ class CounterGuest:
     page_count: int = 1024
     pages_per_tick: int = 0
     prefill: bool = False
+    disk_ticks: int = 0
 
     def __post_init__(self) -> None:
         if self.memory_bytes % 8192 or not 0 < self.memory_bytes <= _LARGEST_MEMORY_BYTES:
@@ -123,6 +126,8 @@ class CounterGuest:
             )
         if not 0 <= self.pages_per_tick < 2**32:
             raise ValueError(f"pages_per_tick must be 0 to 2**32 - 1, not {self.pages_per_tick}")
+        if self.disk_ticks not in _DISK_TICKS:
+            raise ValueError(f"disk_ticks must be 0 or a power of two from 2 to 128, not {self.disk_ticks}")
 
     @classmethod
     def filling(
@@ -156,12 +161,21 @@ class CounterGuest:
             self.pages_per_tick,
             self._divisor(),
             self.prefill,
+            max(0, self.disk_ticks - 1),
         )
         return bytes(sector)
 
     def write_image(self, path: str | os.PathLike[str]) -> None:
-        """Write the disk image, 1 MiB, over whatever is there. The guest only ever reads it."""
+        """Write the disk image, 1 MiB, over whatever is there. Without ``disk_ticks`` the guest only ever reads it."""
         Path(path).write_bytes(self.sector().ljust(IMAGE_BYTES, b"\0"))
+
+    @staticmethod
+    def tick_on_disk(path: str | os.PathLike[str]) -> int:
+        """Return the tick that the guest has last written to its disk; 0 before the first."""
+        with open(path, "rb") as image:
+            image.seek(SECTOR_BYTES)
+            tick, _ = _COUNTERS.unpack(image.read(_COUNTERS.size))
+        return int(tick)
 
     def domain_xml(
         self,
@@ -170,11 +184,11 @@ class CounterGuest:
         image_path: str | os.PathLike[str],
         serial_socket_path: str | os.PathLike[str],
     ) -> str:
-        """Return the libvirt domain XML: software emulation, one read-only virtio disk, one serial port.
+        """Return the libvirt domain XML: software emulation, one virtio disk that is read-only, one serial port.
 
         A virtio disk may be read-only, an IDE one may not; and a read-only disk may be open on both hosts and
         needs no cache mode for libvirt to call its migration safe. Without ACPI the firmware starts 30 ms
-        sooner, and this guest could not act on its power button anyway.
+        sooner, and this guest could not act on its power button anyway. With ``disk_ticks`` it is an IDE disk.
 
         :param serial_socket_path: where somebody listens already; QEMU connects when it starts, also while it
             waits for an incoming migration.
@@ -189,12 +203,16 @@ class CounterGuest:
                 "    <disk type='file' device='disk'>\n"
                 "      <driver name='qemu' type='raw'/>\n"
                 f"      <source file={quoteattr(os.fspath(image_path))}/>\n"
-                "      <target dev='vda' bus='virtio'/>\n"
-                "      <readonly/>\n"
+                f"{self._target_xml()}"
                 "    </disk>\n"
             ),
             serial_socket_path=serial_socket_path,
         )
+
+    def _target_xml(self) -> str:
+        if self.disk_ticks:
+            return "      <target dev='hda' bus='ide'/>\n"
+        return "      <target dev='vda' bus='virtio'/>\n      <readonly/>\n"
 
     def qemu_argv(
         self,
@@ -216,6 +234,7 @@ class CounterGuest:
         :param stopped: start with ``-S``: ``cont`` starts the guest.
         :param incoming: start with ``-incoming defer``: ``migrate-incoming`` says where to listen.
         """
+        read_only = "off" if self.disk_ticks else "on"
         return machine_argv(
             name=name,
             uuid=uuid,
@@ -225,11 +244,11 @@ class CounterGuest:
                 "-boot",
                 "menu=off,strict=on",
                 "-blockdev",
-                f"driver=file,filename={_option(image_path)},node-name=image-file,read-only=on",
+                f"driver=file,filename={_option(image_path)},node-name=image-file,read-only={read_only}",
                 "-blockdev",
-                "driver=raw,file=image-file,node-name=image,read-only=on",
+                f"driver=raw,file=image-file,node-name=image,read-only={read_only}",
                 "-device",
-                "virtio-blk-pci,drive=image,bootindex=1",
+                f"{'ide-hd,bus=ide.0,unit=0' if self.disk_ticks else 'virtio-blk-pci'},drive=image,bootindex=1",
             ],
             serial_socket_path=serial_socket_path,
             qmp_socket_path=qmp_socket_path,

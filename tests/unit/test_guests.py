@@ -235,6 +235,19 @@ class TestDefinitions:
         assert (serial := domain.find("devices/serial/source")) is not None
         assert serial.attrib == {"mode": "connect", "path": f"{AWKWARD}/serial"}
 
+    def test_a_counter_that_writes_its_disk(self, tmp_path: Path) -> None:
+        guest = CounterGuest(disk_ticks=16)
+        domain = ElementTree.fromstring(guest.domain_xml("n", UUID, "/image", "/serial"))
+        assert domain.find("devices/disk/readonly") is None
+        assert (target := domain.find("devices/disk/target")) is not None
+        assert target.get("bus") == "ide"
+        assert any("ide-hd" in word for word in guest.qemu_argv("n", UUID, "/image", "/serial"))
+        guest.write_image(tmp_path / "image")
+        assert (tmp_path / "image").read_bytes()[0x1AF] == 15
+        assert guest.tick_on_disk(tmp_path / "image") == 0
+        with pytest.raises(ValueError, match="disk_ticks"):
+            CounterGuest(disk_ticks=3)
+
     def test_counter_command(self) -> None:
         argv = CounterGuest().qemu_argv("n", UUID, "/a,b", "/s", qmp_fd=7, stopped=True, incoming=True)
         assert argv[0] == "qemu-system-x86_64"
