@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tests.fault.campaign import (
@@ -49,6 +49,7 @@ class Campaign:
     survey: list[Result] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     unreached: dict[str, str | None] = field(default_factory=dict)
+    interrupted: bool = False
     seconds: float = 0.0
 
     @property
@@ -70,12 +71,13 @@ class Campaign:
     def ok(self) -> bool:
         """Whether all that was tried went as the rules say."""
         missed = sum(not result.reached for result in self.results)
-        return bool(self.results) and not (self.violations or self.needs_human or missed)
+        return bool(self.results) and not (self.violations or self.needs_human or missed or self.interrupted)
 
     def figures(self) -> dict[str, object]:
         """What the summary line ends with."""
         return {
             "seed": self.seed,
+            "interrupted": self.interrupted,
             "points": self.points,
             "missed": sum(not result.reached for result in self.results),
             "nothing_there": sum(result.reached and not result.struck for result in self.results),
@@ -127,17 +129,7 @@ def _coverage(campaign: Campaign, reached: dict[str, tuple[Scenario, int]]) -> N
 
 def _numbered(cases: Iterable[Case]) -> list[Case]:
     """Let every so many cases migrate once more."""
-    return [
-        Case(
-            scenario=case.scenario,
-            point=case.point,
-            fault=case.fault,
-            incarnation=case.incarnation,
-            moment_s=case.moment_s,
-            again=number % _AGAIN_EVERY == 0,
-        )
-        for number, case in enumerate(cases)
-    ]
+    return [replace(case, again=number % _AGAIN_EVERY == 0) for number, case in enumerate(cases)]
 
 
 def _run(cases: list[Case], jobs: int, into: list[Result]) -> None:
@@ -179,6 +171,7 @@ def _plan(
 ) -> tuple[list[Case], dict[str, tuple[Scenario, int]]]:
     if arguments.plant:
         scenario = SCENARIOS[0]
+        campaign.pairs = 1
         return [Case(scenario=scenario, point="destination.claiming.ran.answered", fault=RUN_TWICE)], {}
     reached = _survey(campaign, arguments.jobs)
     randomly = random.Random(arguments.seed)
@@ -192,6 +185,9 @@ def _plan(
         ]
     if arguments.sample:
         cases = sampled(cases, arguments.sample, randomly)
+    else:
+        # In no order, so that an interrupted campaign has seen something of everything.
+        randomly.shuffle(cases)
     return _numbered(cases), reached
 
 
@@ -232,13 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seed = int(time.time())
     campaign = Campaign(seed=arguments.seed)
     begin_s = time.monotonic()
+    reached: dict[str, tuple[Scenario, int]] = {}
     try:
         cases, reached = _plan(arguments, campaign)
         _run(cases, arguments.jobs, campaign.results)
     except KeyboardInterrupt:
-        print("interrupted; nothing is left behind")
-        return 130
-    campaign.pairs = campaign.pairs or len(cases)
+        campaign.interrupted = True
     campaign.seconds = time.monotonic() - begin_s
     _coverage(campaign, reached)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,8 @@ class Network:
     def cut(self, connection: str, how: str) -> None:
         """Cut a connection at both ends.
 
-        :param connection: ``data`` is the migration stream; ``control`` is what the coordinator says to the hosts,
-            and the questions that the hosts have for each other.
+        :param connection: ``data`` is the migration stream; ``coordinator`` is what the coordinator and the hosts say
+            to each other; ``control`` is that, and the questions that the hosts have for each other.
         :param how: ``silent`` or ``reset``.
         """
         verdict = _VERDICTS[how]
@@ -99,8 +99,9 @@ class Network:
         if connection == "data":
             rules = [f"{question} -j ACCEPT" for question in questions] + [f"-A INPUT -i data {verdict}"]
         else:
-            rules = [f"{question} {verdict.removeprefix('-p tcp ')}" for question in questions]
-            rules.append(f"-A INPUT -i control {verdict}")
+            rules = [f"-A INPUT -i control {verdict}"]
+            if connection == "control":
+                rules += [f"{question} {verdict.removeprefix('-p tcp ')}" for question in questions]
             self._filter("c", [f"-A INPUT -i to+ {verdict}"])
         for place in "ab":
             self._filter(place, rules)

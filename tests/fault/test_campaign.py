@@ -37,6 +37,7 @@ def case(scenario: str, point: str, fault: str, *, incarnation: int = 0) -> Case
         point=point,
         fault=fault,
         incarnation=incarnation,
+        brief=True,
         again=fault == "kill-source-manager",
     )
 
