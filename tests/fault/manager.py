@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +21,7 @@ import ferryman
 import ferryman_qemu.transfer
 from ferryman import Connection
 from ferryman.engine import Endpoint
-from ferryman.errors import ConnectError, FinishError
+from ferryman.errors import ConnectError, DomainNotFoundError, FinishError
 from ferryman.hookspecs import DriverHooks, hook_names
 from ferryman.types import Side
 from ferryman_qemu.driver import QemuDriver
@@ -89,6 +89,15 @@ def _altered(arguments: argparse.Namespace) -> Iterator[None]:
         yield
 
 
+async def _domains(connection: Connection) -> list[list[str]]:
+    """Names and states; a domain that ends while it is looked at is not there."""
+    found = []
+    for domain in await connection.list_domains():
+        with suppress(DomainNotFoundError):
+            found.append([domain.name, (await domain.info()).state.value])
+    return found
+
+
 async def _obey(connection: Connection, busy: list[str]) -> None:
     rest = b""
     while True:
@@ -108,10 +117,7 @@ async def _obey(connection: Connection, busy: list[str]) -> None:
                             f"{row.migration_id} {row.record.value}" for row in connection.open_migrations()
                         ],
                         "busy": busy,
-                        "domains": [
-                            [domain.name, (await domain.info()).state.value]
-                            for domain in await connection.list_domains()
-                        ],
+                        "domains": await _domains(connection),
                     }
                     print("state", json.dumps(told), flush=True)
                 case _:

@@ -123,11 +123,11 @@ def test_every_point_and_moment_meets_every_fault() -> None:
 def test_a_sample_is_even() -> None:
     reached = dict.fromkeys(points()[:30], (SCENARIOS[0], 0))
     cases = all_cases(reached, 1.0, random.Random(1))
-    chosen = sampled(cases, 54, random.Random(2))
-    assert len(chosen) == len({(case.point, case.fault) for case in chosen}) == 54
+    chosen = sampled(cases, 6 * len(FAULTS), random.Random(2))
+    assert len(chosen) == len({(case.point, case.fault) for case in chosen}) == 6 * len(FAULTS)
     assert [sum(case.fault == fault for case in chosen) for fault in FAULTS] == [6] * len(FAULTS)
-    assert {sum(case.point == point for case in chosen) for point in {case.point for case in cases}} == {1, 2}
-    assert chosen == sampled(cases, 54, random.Random(2))
+    assert {sum(case.point == point for case in chosen) for point in {case.point for case in cases}} <= {1, 2}
+    assert chosen == sampled(cases, 6 * len(FAULTS), random.Random(2))
 
 
 def test_predictions_leave_the_guest_somewhere() -> None:
