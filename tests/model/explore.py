@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ferryman.handover import PaperKind, State
 from tests.model.world import (
-    _QUESTIONS,
+    QUESTIONS,
     Bounds,
     Protocol,
     Rules,
@@ -24,7 +24,10 @@ from tests.model.world import (
 _HEALING_STEPS = 500
 _FAULTS, _BACK = 0.02, 0.2
 _ASKING = (State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT, State.PLEDGED)
+_WORDS_OF_A_SOURCE = (PaperKind.PROOF, PaperKind.NO_PROOF, PaperKind.KEPT)
 _HEALED = Words("everybody", "comes back, and nothing fails any more")
+
+Move = tuple[Words, World]
 
 
 @dataclass(kw_only=True)
@@ -52,9 +55,17 @@ class Found:
 
 
 def explore(
-    protocol: Protocol, bounds: Bounds, *, most_states: int = 10_000_000, most_s: float = 1e9
+    protocol: Protocol,
+    bounds: Bounds,
+    *,
+    heal: bool = True,
+    most_states: int = 10_000_000,
+    most_s: float = 1e9,
 ) -> Found:
-    """Go everywhere; stop at the first violation."""
+    """Go everywhere; stop at the first violation.
+
+    :param heal: also let everybody come back from every state, and look at the end.
+    """
     rules, begin_s = Rules(protocol, bounds), time.monotonic()
     start = begin_world(bounds)
     found, succeeded = Found(), False
@@ -67,7 +78,8 @@ def explore(
         succeeded = succeeded or any(migration.ran for migration in world.migrations)
         last: Words | None = _HEALED
         try:
-            found.excuses.update(_heal(rules, world, healed))
+            if heal:
+                found.excuses.update(_heal(rules, world, healed))
             for words, following in rules.moves(world):
                 last = words
                 if following not in came_from:
@@ -76,8 +88,7 @@ def explore(
             last = None
         except Violation as violation:
             found.violation = str(violation)
-            found.trace = _trace(came_from, world)
-            found.trace.append(_broken(last, violation))
+            found.trace = [*_trace(came_from, world), *_end(last, violation)]
             break
     found.states, found.seconds = len(came_from), time.monotonic() - begin_s
     found.complete = not queue and not found.violation
@@ -104,19 +115,20 @@ def walk(protocol: Protocol, bounds: Bounds, *, seed: int, walks: int, steps: in
                 trace.append(words)
                 seen.add(hash(world))
                 found.depth = max(found.depth, depth + 1)
-            trace.append(_HEALED)
             found.excuses.update(_heal(rules, world, set()))
         except Violation as violation:
-            found.violation, found.trace = str(violation), [*trace, Words("then", str(violation))]
+            found.violation, found.trace = str(violation), [*trace, *_end(None, violation)]
             break
     found.states, found.seconds = len(seen), time.monotonic() - begin_s
     return found
 
 
-def _broken(last: Words | None, violation: Violation) -> Words:
-    if last is _HEALED:
-        return Words(_HEALED.who, f"{_HEALED.what}: {violation}")
-    return Words("then", f"one more step breaks {violation}")
+def _end(last: Words | None, violation: Violation) -> list[Words]:
+    """How a trace ends: with one more move, or with all that heals."""
+    broken = Words("broken", str(violation))
+    if isinstance(violation, _Unhealed):
+        return [_HEALED, *violation.way, broken]
+    return [broken] if last is None else [*([last] if last is not _HEALED else []), broken]
 
 
 def _trace(came_from: dict[World, tuple[World, Words] | None], world: World) -> list[Words]:
@@ -127,6 +139,14 @@ def _trace(came_from: dict[World, tuple[World, Words] | None], world: World) -> 
     return trace[::-1]
 
 
+class _Unhealed(Violation):
+    """What is broken in the end, and the way there."""
+
+    def __init__(self, violation: Violation, way: list[Words]) -> None:
+        super().__init__(str(violation))
+        self.way = way
+
+
 def _heal(rules: Rules, world: World, healed: set[World]) -> list[str]:
     """Let everybody come back and nothing fail any more: I4, I5 and I2 hold in the end, and there is an end.
 
@@ -134,71 +154,85 @@ def _heal(rules: Rules, world: World, healed: set[World]) -> list[str]:
     :returns: why the guest is gone in the end, where it is.
     """
     way: list[World] = []
-    while world not in healed:
-        way.append(world)
-        if len(way) > _HEALING_STEPS:
-            raise Violation("I4: recovery does not end")
-        following = _heal_step(rules, world)
-        if following is None:
-            break
-        world = following
-    else:
-        healed.update(way)
-        return []
-    excuse = _check_end(rules, world)
+    said: list[Words] = []
+    try:
+        while world not in healed:
+            way.append(world)
+            if len(way) > _HEALING_STEPS:
+                raise Violation("I4: recovery does not end")
+            step = _heal_step(rules, world)
+            if step is None:
+                break
+            words, world = step
+            said.append(words)
+        else:
+            healed.update(way)
+            return []
+        excuse = _check_end(rules, world)
+    except Violation as violation:
+        raise _Unhealed(violation, said) from violation
     healed.update(way)
     return [excuse] if excuse else []
 
 
-def _heal_step(rules: Rules, world: World) -> World | None:
+def _heal_step(rules: Rules, world: World) -> Move | None:
     """The next thing that happens where nothing fails; None at the end."""
     for number, host in enumerate(world.hosts):
         if not host.up and host.journal:
-            return rules.restart(world, number)
+            return Words("ABCDEF"[number], "comes back"), rules.restart(world, number)
     waiting = []
     for number, host in enumerate(world.hosts):
         for run in host.runs:
             if run.todo:
-                for _words, following in rules.go_on(world, number, run):
-                    return following
+                for move in rules.go_on(world, number, run):
+                    return move
                 continue  # it waits for its hypervisor
             if run.state in _ASKING:
                 waiting.append((number, run))
-            for _words, following in rules.lease(world, number, run):
-                if following != world:
-                    return following
+            for move in rules.lease(world, number, run):
+                if move[1] != world:
+                    return move
     for number, run in waiting:
         answer = _ask(rules, world, number, run)
         if answer is not None:
             return answer
-    for _words, following in rules.hypervisors(world):
-        return following
-    return None
+    return next(iter(rules.hypervisors(world)), None)
 
 
-def _ask(rules: Rules, world: World, host: int, run: Run) -> World | None:
+def _ask(rules: Rules, world: World, host: int, run: Run) -> Move | None:
     """One side asks, the other acts or answers, and the first acts on what decides."""
     asked = world.migrations[run.migration]
     if not rules.protocol.asks:
-        return None
+        return _carried(rules, world)
     if run.state is State.PLEDGED:
         for slip in world.slips:
-            if slip.migration == run.migration and slip.kind in (
-                PaperKind.PROOF,
-                PaperKind.NO_PROOF,
-                PaperKind.KEPT,
-            ):
-                for _words, following in rules.decide(world, host, slip):
-                    return following
-        return None
+            if slip.migration == run.migration and slip.kind in _WORDS_OF_A_SOURCE:
+                return next(iter(rules.decide(world, host, slip)), None)
+        return next(iter(rules.asking(world, host, run)), None)
     for slip in world.slips:
         if slip.migration == run.migration and slip.kind in (PaperKind.CLAIM, PaperKind.REFUSAL):
-            for _words, following in rules.confirm(world, host, slip):
-                return following
-    kind = _QUESTIONS[run.state]
-    for _words, following in rules.decide(world, asked.destination, Slip(kind, run.migration, run.receipt)):
-        if following != world:
-            return following
+            for move in rules.confirm(world, host, slip):
+                return move
+    question = Slip(QUESTIONS[run.state], run.migration, run.receipt)
+    for move in rules.decide(world, asked.destination, question):
+        if move[1] != world:
+            return move
+    return None
+
+
+def _carried(rules: Rules, world: World) -> Move | None:
+    """Where the hosts do not ask, only what a caller still carries can settle them."""
+    for slip in world.slips:
+        asked = world.migrations[slip.migration]
+        if slip.kind is PaperKind.PROOF:
+            moves = rules.decide(world, asked.destination, slip)
+        elif slip.kind in (PaperKind.CLAIM, PaperKind.REFUSAL):
+            moves = rules.confirm(world, asked.source, slip)
+        else:
+            continue
+        for move in moves:
+            if move[1] != world:
+                return move
     return None
 
 
@@ -208,6 +242,8 @@ def _check_end(rules: Rules, world: World) -> str:
     lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
     if lost:
         # Nothing old may run, and that was checked on the way; the rest needs a person.
+        if not any(p.fresh for p in world.processes) and not world.excuse:
+            raise Violation("I2: the newest memory is gone")
         return (
             "a journal was lost or is behind: a person must look"
             if in_doubt or len(world.processes) != 1

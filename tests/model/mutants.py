@@ -1,15 +1,19 @@
 """Protocols that are wrong: the shipped one with one thing changed, for the checker to find.
 
-``READINGS`` are looser wordings of the rules that were tried, and that break.
+``READINGS`` are looser wordings of the rules that were tried, and that break; ``generated`` makes every change of some
+kinds.  Changes that only drop one of a step's last actions are not among them: what a decided side has not done is done
+again when its lease ends, so the shipped table tolerates them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ferryman.handover import (
     TABLE,
+    Action,
     Input,
     MigrationRow,
     Paper,
@@ -17,13 +21,35 @@ from ferryman.handover import (
     Record,
     State,
     Step,
+    admit_answer,
     admit_question,
+    fall_back,
     recover,
 )
-from ferryman.types import Evidence, GuestEvidence
+from ferryman.types import Evidence, GuestEvidence, TransferEvidence
 from tests.model.world import Bounds, Protocol
 
 Table = dict[tuple[State, Input], Step]
+
+QUICK = Bounds(silent=False)
+POSTCOPY = Bounds(silent=False, postcopy=True)
+SILENT = Bounds(kill=False)
+PERSON = Bounds(silent=False, person=True)
+TWICE = Bounds(migrations=2, crash_managers=False, kill=False, silent=False, fail=False)
+LOST = Bounds(lose_journals=True, kill=False, silent=False, fail=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A wrong protocol, and the world in which it is looked at.
+
+    :param heal: whether every state is healed as well; without that only I1, I3 and I6 are looked at.
+    """
+
+    name: str
+    protocol: Protocol
+    bounds: Bounds = field(default=QUICK)
+    heal: bool = True
 
 
 def _with(changes: dict[tuple[State, Input], Step | None], **more: Any) -> Protocol:
@@ -34,6 +60,17 @@ def _with(changes: dict[tuple[State, Input], Step | None], **more: Any) -> Proto
         else:
             table[key] = step
     return Protocol(table=table, **more)
+
+
+_KEEP = TABLE[State.STOPPED, Input.REFUSAL]
+_LET_GO = TABLE[State.STOPPED, Input.CLAIM]
+_GIVE_THE_REST = TABLE[State.SWITCHED, Input.CLAIM]
+_CLAIM = TABLE[State.CLAIMING, Input.RAN]
+_REFUSE = TABLE[State.PREPARED, Input.CANCEL]
+_RUN = TABLE[State.PREPARED, Input.GO]
+
+
+# Looser wordings
 
 
 def _trusting(row: MigrationRow | None, paper: Paper) -> Input | PaperKind:
@@ -50,62 +87,317 @@ def _forgetful(row: MigrationRow | None, paper: Paper) -> Input | PaperKind:
     return admit_question(row, paper)
 
 
-def _resumes(row: MigrationRow, evidence: Evidence) -> Input | None:
-    """Resume a stopped source after a restart."""
-    if row.record is Record.HANDING and evidence.guest is GuestEvidence.STOPPED:
-        return Input.STAYED
-    return recover(row, evidence)
+def _verdict(record: Record, guest: GuestEvidence, verdict: Input) -> Callable[..., Input | None]:
+    def mutant(row: MigrationRow, evidence: Evidence) -> Input | None:
+        if row.record is record and evidence.guest is guest and not row.settled:
+            return verdict
+        return recover(row, evidence)
+
+    return mutant
 
 
-def _death_is_proof(row: MigrationRow, evidence: Evidence) -> Input | None:
-    """A source whose process is gone cannot run, so that is its proof."""
-    if row.record is Record.HANDING and evidence.guest is GuestEvidence.GONE:
-        return Input.PROVED
-    return recover(row, evidence)
+def _pays_nobody_heed(row: MigrationRow, paper: Paper, *, newest: bool) -> Input | None:
+    """V11: what a stock client's confirm carries after an error is an empty cookie."""
+    return admit_answer(row, paper, newest=newest) if paper.kind is not PaperKind.REFUSAL else None
 
 
-def _gone_never_ran(row: MigrationRow, evidence: Evidence) -> Input | None:
-    """A receiver that is not there has not run."""
-    if row.record is Record.CLAIMING and evidence.guest is GuestEvidence.GONE:
-        return Input.NEVER_RAN
-    return recover(row, evidence)
-
-
-_KEEP = TABLE[State.STOPPED, Input.REFUSAL]
-_LET_GO = TABLE[State.STOPPED, Input.CLAIM]
-_CLAIM = TABLE[State.CLAIMING, Input.RAN]
-_REFUSE = TABLE[State.PREPARED, Input.CANCEL]
-
-READINGS: dict[str, Protocol] = {
-    "V1: a stopped guest is the proof": Protocol(stop_is_proof=True),
-    "V3: a claim is told before the guest ran": _with(
-        {(State.CLAIMING, Input.ASK): Step(state=State.CLAIMING, answer=PaperKind.CLAIM)}
+READINGS: tuple[Mutant, ...] = (
+    Mutant(name="V1: a stopped guest is the proof", protocol=Protocol(stop_is_proof=True)),
+    Mutant(
+        name="V2: a claim that failed stays a claim",
+        protocol=_with({(State.CLAIMING, Input.NEVER_RAN): _CLAIM}),
     ),
-    "V4: a receiver that is gone never ran": Protocol(recover=_gone_never_ran),
-    "V5: papers need not name what they are about": Protocol(anonymous=True),
-    "V7: an undecided destination does not refuse by itself": _with({(State.PREPARED, Input.CANCEL): None}),
-    "V8: a source that only began does not give up": _with({(State.BEGUN, Input.GIVE_UP): None}),
-    "V9: an unknown id is refused": Protocol(admit_question=_forgetful),
-    "V13: an id can be prepared again": Protocol(forgets_tombstones=True),
-    "the source resumes after a restart": Protocol(recover=_resumes),
-    "the source resumes when the caller says so": _with({(State.STOPPED, Input.GIVE_UP): _KEEP}),
-    "the source lets go with its proof": _with(
-        {(State.HANDING, Input.PROVED): replace(_LET_GO, answer=PaperKind.PROOF)}
+    Mutant(
+        name="V3: a claim is told before the guest ran",
+        protocol=_with({(State.CLAIMING, Input.ASK): Step(state=State.CLAIMING, answer=PaperKind.CLAIM)}),
+        bounds=SILENT,
     ),
-    "the death of the source is its proof": Protocol(recover=_death_is_proof),
-    "the caller's word is the proof": Protocol(admit_question=_trusting),
-    "the destination claims, then writes": _with({}, late=frozenset({(State.PREPARED, Input.GO)})),
-    "a destination that is claiming can be cancelled": _with({(State.CLAIMING, Input.CANCEL): _REFUSE}),
-    "a claim that failed stays a claim": _with({(State.CLAIMING, Input.NEVER_RAN): _CLAIM}),
-    "a source gives its guest away with the question": _with({(State.SILENT, Input.REFUSAL): _LET_GO}),
-}
-
-WHERE = {
-    "V5: papers need not name what they are about": Bounds(
-        migrations=2, kill=False, silent=False, fail=False
+    Mutant(
+        name="V4: a receiver that is gone never ran",
+        protocol=Protocol(recover=_verdict(Record.CLAIMING, GuestEvidence.GONE, Input.NEVER_RAN)),
     ),
-    "V9: an unknown id is refused": Bounds(lose_journals=True, kill=False, silent=False, fail=False),
-}
-"""The bounds within which a reading is found wrong, where the usual ones are too narrow."""
+    Mutant(
+        name="V5: papers need not name what they are about", protocol=Protocol(anonymous=True), bounds=TWICE
+    ),
+    Mutant(
+        name="V6: a copy is destroyed by its domain's name",
+        protocol=Protocol(destroys_by_name=True),
+        bounds=TWICE,
+    ),
+    Mutant(
+        name="V7: an undecided destination does not refuse by itself",
+        protocol=_with({(State.PREPARED, Input.CANCEL): None}),
+    ),
+    Mutant(
+        name="V8: a source that only began does not give up",
+        protocol=_with({(State.BEGUN, Input.GIVE_UP): None}),
+    ),
+    Mutant(name="V9: an unknown id is refused", protocol=Protocol(admit_question=_forgetful), bounds=LOST),
+    Mutant(
+        name="V10: the destination is powered off, so the source goes on",
+        protocol=_with({(State.STOPPED, Input.WRITTEN_OFF): _KEEP}),
+        bounds=PERSON,
+    ),
+    Mutant(
+        name="V11: a refusal travels only in cookies, which an error does not have",
+        protocol=Protocol(admit_answer=_pays_nobody_heed),
+    ),
+    Mutant(
+        name="V12: the proof does not reach the destination",
+        protocol=_with({(State.HANDING, Input.PROVED): Step(state=State.STOPPED)}, asks=False),
+    ),
+    Mutant(name="V13: an id can be prepared again", protocol=Protocol(forgets_tombstones=True)),
+    Mutant(
+        name="V14: a newer migration does not end an older one",
+        protocol=Protocol(ignores_older=True),
+        bounds=TWICE,
+    ),
+    Mutant(
+        name="V17: the source switches without a pledge",
+        protocol=Protocol(hasty_switch=True),
+        bounds=POSTCOPY,
+    ),
+    Mutant(name="V17: postcopy-active is the proof", protocol=Protocol(hasty_proof=True), bounds=POSTCOPY),
+    Mutant(
+        name="V17: the source lets go at the claim",
+        protocol=_with({(State.SWITCHED, Input.CLAIM): _LET_GO}),
+        bounds=POSTCOPY,
+    ),
+    Mutant(
+        name="V18: a receiver is ended before the refusal is durable",
+        protocol=_with(
+            {}, late=frozenset({(State.CLAIMING, Input.NEVER_RAN), (State.PREPARED, Input.CANCEL)})
+        ),
+    ),
+    Mutant(
+        name="the source resumes after a restart",
+        protocol=Protocol(recover=_verdict(Record.HANDING, GuestEvidence.STOPPED, Input.STAYED)),
+    ),
+    Mutant(
+        name="the death of the source is its proof",
+        protocol=Protocol(recover=_verdict(Record.HANDING, GuestEvidence.GONE, Input.PROVED)),
+    ),
+    Mutant(
+        name="the source lets go with its proof",
+        protocol=_with({(State.HANDING, Input.PROVED): replace(_LET_GO, answer=PaperKind.PROOF)}),
+    ),
+    Mutant(name="the caller's word is the proof", protocol=Protocol(admit_question=_trusting)),
+    Mutant(
+        name="an older journal is opened",
+        protocol=Protocol(ignores_mark=True),
+        bounds=Bounds(silent=False, old_journals=True),
+    ),
+)
+"""V15 (counts messages) and V16 (a wording) change nothing that a protocol does."""
 
-__all__ = ["READINGS", "WHERE"]
+
+# Generated
+
+
+def generated() -> Iterator[Mutant]:
+    """Make all mutants, in a fixed order."""
+    yield from _writes()
+    yield from _decisions()
+    yield from _answers()
+    yield from _questions_misread()
+    yield from _answers_misread()
+    yield from _verdicts()
+
+
+_POSTCOPY_STATES = (State.PLEDGED, State.SWITCHED)
+
+
+def _where(state: State, given: Input) -> Bounds:
+    """The world in which a state meets an input."""
+    if given is Input.WRITTEN_OFF:
+        return replace(PERSON, postcopy=state in _POSTCOPY_STATES)
+    at_source = state in (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT)
+    if state in _POSTCOPY_STATES or (at_source and given is Input.ASK):
+        return replace(POSTCOPY, silent=state is State.SILENT, fail=False)
+    return SILENT if state in (State.SILENT, State.CLAIMING) else QUICK
+
+
+def _writes() -> Iterator[Mutant]:
+    """A record is not written at all, or only after the first action of its step."""
+    for record in Record:
+        bounds = POSTCOPY if record is Record.PLEDGED else QUICK
+        keys = [key for key, step in TABLE.items() if step.record is record]
+        unwritten: dict[tuple[State, Input], Step | None] = {
+            key: replace(TABLE[key], record=None) for key in keys
+        }
+        yield Mutant(name=f"{record.value} is not written", protocol=_with(unwritten), bounds=bounds)
+        late = frozenset(key for key in keys if TABLE[key].actions[:1] not in ((), (Action.SETTLE,)))
+        if late:
+            name = f"{record.value} is written after what it allows"
+            yield Mutant(name=name, protocol=_with({}, late=late), bounds=bounds)
+
+
+def _decisions() -> Iterator[Mutant]:
+    """An undecided side decides because somebody says so, gives up, or asks."""
+    source = {"keeps": _KEEP, "lets go": _LET_GO}
+    destination = {"refuses": _REFUSE, "claims": _CLAIM, "runs the guest": _RUN}
+    for states, inputs, decisions in (
+        (
+            (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT),
+            (Input.GIVE_UP, Input.ASK),
+            source,
+        ),
+        (
+            (State.PREPARED, State.PLEDGED, State.CLAIMING),
+            (Input.CANCEL, Input.ASK, Input.NO_PROOF),
+            destination,
+        ),
+    ):
+        for state in states:
+            for given in inputs:
+                for words, step in decisions.items():
+                    if TABLE.get((state, given)) != step:
+                        yield Mutant(
+                            name=f"a side that is {state.value} {words} on {given.value}",
+                            protocol=_with({(state, given): step}),
+                            bounds=_where(state, given),
+                        )
+
+
+def _answers() -> Iterator[Mutant]:
+    """A step tells the opposite."""
+    opposite = {
+        PaperKind.CLAIM: PaperKind.REFUSAL,
+        PaperKind.REFUSAL: PaperKind.CLAIM,
+        PaperKind.PENDING: PaperKind.REFUSAL,
+        PaperKind.NO_PROOF: PaperKind.PROOF,
+        PaperKind.ASK: PaperKind.PROOF,
+    }
+    for (state, given), step in TABLE.items():
+        other = opposite.get(step.answer) if step.answer is not None else None
+        at_destination = state in (
+            State.PREPARED,
+            State.PLEDGED,
+            State.CLAIMING,
+            State.CLAIMED,
+            State.REFUSED,
+        )
+        if other is not None and (at_destination or other is PaperKind.PROOF):
+            yield Mutant(
+                name=f"a side that is {state.value} answers {given.value} with {other.value}",
+                protocol=_with({(state, given): replace(step, answer=other)}),
+                bounds=_where(state, given),
+            )
+
+
+def _questions_misread() -> Iterator[Mutant]:
+    """A destination takes one paper for another."""
+    kinds = (
+        PaperKind.PROOF,
+        PaperKind.CANCEL,
+        PaperKind.ASK,
+        PaperKind.KEPT,
+        PaperKind.NO_PROOF,
+        PaperKind.SWITCH,
+    )
+    for kind in kinds:
+        for other in (PaperKind.PROOF, PaperKind.CANCEL, PaperKind.NO_PROOF, PaperKind.ASK):
+            if (
+                admit_question(None, _blank(kind)) != admit_question(None, _blank(other))
+                or other is PaperKind.PROOF
+            ):
+                if kind is other:
+                    continue
+
+                def misread(
+                    row: MigrationRow | None, paper: Paper, kind: PaperKind = kind, other: PaperKind = other
+                ) -> Input | PaperKind:
+                    return admit_question(row, replace(paper, kind=other) if paper.kind is kind else paper)
+
+                yield Mutant(
+                    name=f"a destination takes {kind.value} for {other.value}",
+                    protocol=Protocol(admit_question=misread),
+                    bounds=POSTCOPY,
+                )
+
+
+def _blank(kind: PaperKind) -> Paper:
+    from ferryman.types import MigrationId
+
+    return Paper(kind=kind, migration_id=MigrationId("0" * 32), generation=1)
+
+
+def _answers_misread() -> Iterator[Mutant]:
+    """A source takes one paper for another."""
+    for kind in (PaperKind.CLAIM, PaperKind.REFUSAL, PaperKind.UNKNOWN, PaperKind.PLEDGE):
+        for other in (PaperKind.CLAIM, PaperKind.REFUSAL):
+            if kind is other:
+                continue
+
+            def misread(
+                row: MigrationRow,
+                paper: Paper,
+                *,
+                newest: bool,
+                kind: PaperKind = kind,
+                other: PaperKind = other,
+            ) -> Input | None:
+                return admit_answer(
+                    row, replace(paper, kind=other) if paper.kind is kind else paper, newest=newest
+                )
+
+            bounds = {PaperKind.UNKNOWN: LOST, PaperKind.PLEDGE: POSTCOPY}.get(kind, QUICK)
+            yield Mutant(
+                name=f"a source takes {kind.value} for {other.value}",
+                protocol=Protocol(admit_answer=misread),
+                bounds=bounds,
+            )
+
+
+def _verdicts() -> Iterator[Mutant]:
+    """Recovery concludes something else from what it found."""
+    transfers = {
+        GuestEvidence.RUNNING: ("none", "active", "failed"),
+        GuestEvidence.STOPPED: ("none", "active", "failed", "completed", "switched"),
+        GuestEvidence.GONE: ("unknown",),
+    }
+    conclusions = {
+        Record.BEGUN: (Input.GIVE_UP,),
+        Record.HANDING: (Input.STAYED, Input.PROVED, Input.SWITCHED, Input.GONE),
+        Record.PREPARED: (Input.CANCEL, Input.RAN),
+        Record.PLEDGED: (Input.RAN, Input.NEVER_RAN),
+        Record.CLAIMING: (Input.RAN, Input.NEVER_RAN, Input.RUN_AGAIN),
+    }
+    for record, others in conclusions.items():
+        for guest, seen in transfers.items():
+            for transfer in seen if record in (Record.HANDING, Record.BEGUN) else ("",):
+                for other in others:
+                    yield from _verdict_mutant(record, guest, transfer, other)
+
+
+def _verdict_mutant(record: Record, guest: GuestEvidence, transfer: str, other: Input) -> Iterator[Mutant]:
+    def concludes(row: MigrationRow, evidence: Evidence) -> Input | None:
+        if row.record is record and evidence.guest is guest and transfer in ("", evidence.transfer.value):
+            return other
+        return recover(row, evidence)
+
+    probe = Evidence(guest=guest, transfer=TransferEvidence(transfer or "unknown"))
+    if recover(_probe(record), probe) is other:
+        return
+    found = f"{guest.value}{f', transfer {transfer}' if transfer else ''}"
+    yield Mutant(
+        name=f"{record.value} with the guest {found} is taken for {other.value}",
+        protocol=Protocol(recover=concludes),
+        bounds=POSTCOPY if "switched" in (transfer, other.value) or record is Record.PLEDGED else QUICK,
+    )
+
+
+def _probe(record: Record) -> MigrationRow:
+    from ferryman.types import DomainUUID, MigrationId, Side
+
+    return MigrationRow(
+        side=Side.SOURCE,
+        migration_id=MigrationId("0" * 32),
+        generation=1,
+        uuid=DomainUUID("u"),
+        name="d",
+        record=record,
+    )
+
+
+__all__ = ["READINGS", "Mutant", "fall_back", "generated"]

@@ -62,6 +62,8 @@ class Protocol:
     :param hasty_switch: the source switches to post-copy without a pledge.
     :param hasty_proof: a switched source gives its proof before it is beyond its own failure path.
     :param ignores_mark: a journal that is older than its mark is opened.
+    :param ignores_older: a newer migration of the domain is prepared only where no older one is open.
+    :param destroys_by_name: a claim destroys the domain's process, whichever that is by now, however late it comes.
     """
 
     table: Mapping[tuple[State, Input], Step] = field(default_factory=lambda: dict(TABLE))
@@ -78,6 +80,8 @@ class Protocol:
     hasty_switch: bool = False
     hasty_proof: bool = False
     ignores_mark: bool = False
+    ignores_older: bool = False
+    destroys_by_name: bool = False
 
 
 class Words(NamedTuple):
@@ -308,6 +312,7 @@ class Rules:
                     yield from self.go_on(world, number, run)
                 else:
                     yield from self.lease(world, number, run)
+                    yield from self.asking(world, number, run)
 
     def go_on(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
         """Do the next thing of a step."""
@@ -410,6 +415,10 @@ class Rules:
             case Action.RUN_GUEST:
                 yield from self._run_guest(world, host, run, process, words)
             case Action.DESTROY_RECEIVER | Action.DESTROY_COPY:
+                if action is Action.DESTROY_RECEIVER and process is not None and not process.receiver:
+                    process = None  # it has been taken in, and is no receiver any more
+                if action is Action.DESTROY_COPY and self.protocol.destroys_by_name:
+                    process = next((p for p in world.processes if p.host == host and not p.receiver), None)
                 yield words, _with_run(_ended(world, process), host, run)
             case Action.RESUME:
                 yield words, _with_run(self._resumed(world, process), host, run)
@@ -523,19 +532,20 @@ class Rules:
             case State.BEGUN:
                 yield words, self.feed(world, host, run, Input.GIVE_UP)
             case State.STOPPED | State.SWITCHED | State.BEREFT:
-                yield from self._asks(world, host, run)
-            case State.SILENT:
-                yield words, self._look(world, host, run)
-                yield from self._asks(world, host, run)
-            case State.PLEDGED:
-                yield words, self._look(world, host, run)
-                yield from self._inquire(world, host, run)
+                return
             case _:
                 yield words, self._look(world, host, run)
 
+    def asking(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
+        """What a side that cannot decide alone asks the other."""
+        if run.state is State.PLEDGED:
+            yield from self._inquire(world, host, run)
+        elif run.state in QUESTIONS:
+            yield from self._asks(world, host, run)
+
     def _asks(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
         if self.protocol.asks:
-            kind = _QUESTIONS[run.state]
+            kind = QUESTIONS[run.state]
             yield Words(_name(host), f"asks ({kind.value})", CALLER), _tell(world, host, run, kind)
 
     def _inquire(self, world: World, host: int, run: Run) -> Iterator[tuple[Words, World]]:
@@ -550,13 +560,15 @@ class Rules:
         question = Slip(PaperKind.ASK, number, run.receipt)
         if self.protocol.admit_inquiry(found, _paper(question, asked.generation)) is not Input.ASK:
             return
-        state = other.state if other is not None else fall_back(row.record)
+        words = Words(_name(host), "asks", _name(asked.source))
+        if other is not None:
+            yield words, self.feed(world, asked.source, other, Input.ASK)
+            return
+        state = fall_back(row.record)
         step = self.protocol.table.get((state, Input.ASK))
-        if step is not None and step.answer not in (None, PaperKind.PENDING):
-            assert step.answer is not None
-            words = Words(_name(host), f"asks {_name(asked.source)}, which answers {step.answer.value}")
-            speaker = other or Run(SOURCE, number, state, row.receipt, ())
-            yield words, _tell(world, asked.source, speaker, step.answer, known=other is not None)
+        if step is not None and step.answer is not None:
+            speaker = Run(SOURCE, number, state, row.receipt, ())
+            yield words, _tell(world, asked.source, speaker, step.answer, known=False)
 
     def hypervisors(self, world: World) -> Iterator[tuple[Words, World]]:
         """Transfers go on or break by themselves."""
@@ -662,7 +674,7 @@ class Rules:
         if not state.up:
             return
         words = Words(CALLER, f"prepares migration {slip.migration}", _name(host))
-        for run in state.runs:
+        for run in state.runs if not self.protocol.ignores_older else ():
             # Older ones are settled first; what cannot be settled yet stops the new one.
             if not run.todo and world.migrations[run.migration].generation < generation:
                 if run.side is DESTINATION and run.state is State.PREPARED:
@@ -670,7 +682,7 @@ class Rules:
                         words._replace(what=f"{words.what}: an older one is refused"),
                         self.feed(world, host, run, Input.CANCEL),
                     )
-                elif run.side is SOURCE and run.state in _QUESTIONS:
+                elif run.side is SOURCE and run.state in QUESTIONS:
                     yield from self._asks(world, host, run)
         seen = _row_of(world, host, DESTINATION, slip.migration)
         if self.protocol.forgets_tombstones:
@@ -749,9 +761,16 @@ class Rules:
         state, asked = world.hosts[host], world.migrations[slip.migration]
         run = _run_of(world, host, SOURCE, slip.migration)
         row = _row_of(world, host, SOURCE, slip.migration)
+        if (
+            run is None
+            and row is not None
+            and self.protocol.destroys_by_name
+            and slip.kind is PaperKind.CLAIM
+        ):
+            run = Run(SOURCE, slip.migration, State.STOPPED, row.receipt, ())
         if not state.up or row is None or run is None or run.todo:
             return
-        newest = state.generation == asked.generation
+        newest = state.generation == asked.generation or self.protocol.destroys_by_name
         given = self._answered(row.record, row.receipt, asked.generation, slip, newest=newest)
         if given is None:
             return
@@ -777,10 +796,7 @@ class Rules:
             if self.bounds.crash_hosts and any(p.host == number for p in world.processes):
                 yield Words(name, "crashes (the host)"), self.crash(world, number)
             if self.bounds.lose_journals and host.rows and 0 < host.journal <= len(world.hosts):
-                lost = host._replace(
-                    up=False, journal=host.journal + len(world.hosts), generation=0, rows=(), runs=()
-                )
-                yield Words(name, "loses its journal and its mark"), _with_host(world, number, lost)
+                yield Words(name, "loses its journal and its mark"), self._lose(world, number)
             if self.bounds.old_journals and host.rows and host.journal and not host.up:
                 older = _with_host(world, number, self._put_back(host))
                 yield Words(name, "gets its journal back as it was before"), older
@@ -792,6 +808,15 @@ class Rules:
                     Words(_name(process.host), "loses its guest's process (killed)"),
                     self.kill(world, process),
                 )
+
+    def _lose(self, world: World, host: int) -> World:
+        state = world.hosts[host]
+        lost = state._replace(
+            up=False, journal=state.journal + len(world.hosts), generation=0, rows=(), runs=()
+        )
+        kept = [p for p in world.processes if p.fresh and not (p.host == host and p.status == "whole")]
+        excuse = "" if kept else "the journal was lost that knew whose the guest is"
+        return _with_host(world._replace(excuse=world.excuse or excuse), host, lost)
 
     def _put_back(self, host: Host) -> Host:
         """One row is as it was before; the mark tells, and the host does not open."""
@@ -818,12 +843,12 @@ class Rules:
                 and not world.hosts[there].up
                 and world.hosts[there].journal
                 and not any(p.host == there for p in world.processes)
-                and run.state in _QUESTIONS
+                and run.state in QUESTIONS
             ):
                 words = Words("person", f"brings the journal of {_name(there)}", _name(host))
                 yield (
                     words,
-                    self._offline(world, there, Slip(_QUESTIONS[run.state], run.migration, run.receipt)),
+                    self._offline(world, there, Slip(QUESTIONS[run.state], run.migration, run.receipt)),
                 )
 
     def _offline(self, world: World, host: int, slip: Slip) -> World:
@@ -892,12 +917,17 @@ class Rules:
             elif run.state is State.HANDING:
                 world = _with_run(world, host, run._replace(todo=(Input.UNCLEAR,)))
         for process in world.processes:
-            if process.host == host and process.receiver and process.number not in known:
+            if process.host != host or not process.receiver or process.number in known:
+                continue
+            if process.status == "running":
+                # Rule 3: a running receiver is a claim, whatever the journal has lost.
+                world = _with_process(world, process._replace(receiver=False))
+            else:
                 world = _ended(world, process)
         return world
 
 
-_QUESTIONS = {
+QUESTIONS = {
     State.STOPPED: PaperKind.PROOF,
     State.SWITCHED: PaperKind.PROOF,
     State.BEREFT: PaperKind.NO_PROOF,
@@ -1103,6 +1133,7 @@ def _tell(world: World, host: int, run: Run, kind: PaperKind, *, known: bool = T
 
 __all__ = [
     "CALLER",
+    "QUESTIONS",
     "Bounds",
     "Host",
     "Migration",

@@ -581,6 +581,7 @@ class DriverHooks:
     async def migrate_sweep(self, request: SweepRequest) -> None:
         """End receivers that an earlier program started and never wrote down.  Called once after an opening.
 
+        One that runs its guest is taken in instead: a running receiver is a claim, whatever the journal has lost.
         Without it nothing is done.
         """
         raise NotImplementedError

@@ -551,7 +551,13 @@ class SimulatedDriver:
     @hookimpl
     async def migrate_sweep(self, request: SweepRequest) -> None:
         for process in list(self._host.processes.values()):
-            if process.migration and process.migration not in request.known:
+            if not process.migration or process.migration in request.known:
+                continue
+            if process.state is ProcessState.RUNNING:
+                process.migration = ""
+                self._forget_port(process)
+                self._tell(DomainEventKind.MIGRATED_IN, process.name, process.uuid)
+            else:
                 self._discard(process)
 
     @hookimpl

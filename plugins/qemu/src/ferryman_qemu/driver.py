@@ -683,8 +683,24 @@ class QemuDriver:
     @hookimpl
     async def migrate_sweep(self, request: SweepRequest) -> None:
         for migration_id, guest in list(self._receivers.items()):
-            if migration_id not in request.known:
+            if migration_id in request.known:
+                continue
+            if await self._runs(guest):
+                _log.warning(
+                    "domain %s runs here, and the journal does not know how it came: it is taken in",
+                    guest.record.name,
+                )
+                self._take_in(guest)
+            else:
                 await self._discard(guest)
+
+    async def _runs(self, guest: Guest) -> bool:
+        try:
+            return await guest.run_state() == "running"
+        except HypervisorError as error:
+            if await guest.is_ending():
+                return False
+            raise error
 
     @hookimpl
     async def migrate_evidence(self, request: EvidenceRequest) -> Evidence:
@@ -841,15 +857,20 @@ class QemuDriver:
     async def migrate_adopt(self, request: FinishRequest) -> DomainInfo:
         guest = self._guest_of(request.process)
         if guest is not None and guest.record.migration:
-            self._receivers.pop(MigrationId(guest.record.migration), None)
-            guest.write(replace(guest.record, migration=""))
-            self._guests[request.uuid] = guest
-            self._reserved.pop(request.uuid, None)
-            self._tell(DomainEventKind.MIGRATED_IN, request.name, request.uuid)
+            self._take_in(guest)
         if guest is not None and request.persist:
             self._root.write_definition(request.uuid, guest.record.definition)
             self._defined[request.uuid] = guest.record.definition
         return await self._info(request.uuid)
+
+    def _take_in(self, guest: Guest) -> None:
+        """Make a receiver the domain's guest."""
+        uuid = DomainUUID(guest.record.uuid)
+        self._receivers.pop(MigrationId(guest.record.migration), None)
+        guest.write(replace(guest.record, migration=""))
+        self._guests[uuid] = guest
+        self._reserved.pop(uuid, None)
+        self._tell(DomainEventKind.MIGRATED_IN, guest.record.name, uuid)
 
 
 def _blocker(code: str, side: Side, message: str, remedy: str) -> Finding:
