@@ -77,6 +77,8 @@ class Report:
 
     machine: dict[str, Any]
     crossings: list[Crossing] = field(default_factory=list)
+    sync_ms: list[float] = field(default_factory=list)
+    """What this disk takes to make some pages durable, measured after each pair: the floor of what a journal costs."""
     simulated_s: dict[str, list[float]] = field(default_factory=lambda: {"on": [], "off": []})
     violations: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -113,6 +115,7 @@ class Report:
         found["simulated_per_s"] = dict(
             zip(("on", "off"), (round(rate, 1) for rate in self.simulated_per_s()), strict=True)
         )
+        found["sync_ms"] = round(statistics.median(self.sync_ms), 3)
         found["goal_ms"] = _GOAL_MS
         found["goal_met"] = self.extra("completed_to_cont_ms").ms <= _GOAL_MS
         return found
@@ -182,6 +185,7 @@ def _measure_crossings(report: Report, *, pairs: int, faults: FaultPlan) -> None
                             completed_to_cont_ms=sample.completed_to_cont_ms,
                         )
                     )
+            report.sync_ms.append(_sync_ms(directory / "pages"))
         seen = witness.report()
     if faults.take("ferryman", "migrate_perform.completed") is Fault.CORRUPT:
         # As if the guest had not ticked once.
@@ -190,6 +194,18 @@ def _measure_crossings(report: Report, *, pairs: int, faults: FaultPlan) -> None
         report.violations.append(
             f"qemu: {seen.ticks_lost} ticks lost, {seen.ticks_doubled} doubled, {len(seen.overlaps)} overlaps"
         )
+
+
+def _sync_ms(path: Path) -> float:
+    """Write as many pages as a record takes, and force them to the disk."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(file, bytes(4 * 4096))
+        began_s = time.perf_counter()
+        os.fdatasync(file)
+        return (time.perf_counter() - began_s) * 1000
+    finally:
+        os.close(file)
 
 
 async def _measure_simulated(report: Report, count: int) -> None:
@@ -250,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:22}{on:>9.2f}{off:>9.2f}   {report.extra(name)}")
     on, off = report.simulated_per_s()
     print(f"{'simulated_per_s':22}{on:>9.0f}{off:>9.0f}")
+    print(f"one sync of this disk, without Ferryman: {statistics.median(report.sync_ms):.2f} ms")
     for violation in report.violations:
         print(f"violation: {violation}")
     _RESULTS.parent.mkdir(parents=True, exist_ok=True)
