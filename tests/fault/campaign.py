@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -287,10 +287,9 @@ class _Run:
         self._killed: set[str] = set()
         self._coordinator: Program | None = None
         self._coordinator_done_s: float | None = None
-        self._due: list[tuple[float, Any]] = []
+        self._due: list[tuple[float, Callable[[], None]]] = []
         self._first_pending = bool(case.scenario.point)
         self._struck = not case.point
-        self._armed_s: float | None = None
         self._phase_s: float | None = None
         self._states: dict[str, dict[str, Any]] = {}
         # A disk that is written is locked by QEMU, which would refuse what is to be planted.
@@ -382,7 +381,7 @@ class _Run:
         elif program in self._managers.values():
             self._manager_said(program, line)
 
-    def _later(self, delay_s: float, what: Any) -> None:
+    def _later(self, delay_s: float, what: Callable[[], None]) -> None:
         self._due.append((time.monotonic() + delay_s, what))
 
     def _manager_said(self, manager: Program, line: str | None) -> None:
@@ -513,11 +512,11 @@ class _Run:
         self._end()
         self._read_traces()
 
-    def _wait(self, what: str, test: Any, limit_s: float = _PROMPT_S) -> None:
-        end_s = time.monotonic() + limit_s
+    def _wait(self, what: str, test: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + _PROMPT_S
         while not test():
             if time.monotonic() > end_s:
-                raise CampaignError(f"{what} did not come within {limit_s:g} s")
+                raise CampaignError(f"{what} did not come within {_PROMPT_S:g} s")
             self._hear(end_s)
 
     def _until_quiet(self) -> None:
@@ -592,6 +591,8 @@ class _Run:
                 bad.append(
                     f"the user was told ({how}) that the guest is at the {told}, and it is at {outcome}"
                 )
+            if told == "gone" and outcome != "none":
+                bad.append(f"the user was told ({how}) that the guest is gone, and it is at {outcome}")
         return outcome
 
     def _check_disk(self) -> int:
@@ -672,28 +673,43 @@ class _Run:
             sockets = [path for path in root.rglob("*") if path.is_socket()]
             if [path for path in sockets if path.parent not in left]:
                 bad.append(f"sockets are left at the {side}: {sockets}")
-            bad += _open_rows(side, root)
+        bad += _check_rows({side: _rows(self._root(place)) for side, place in _PLACES.items()})
 
     def _read_traces(self) -> None:
         for path in sorted(self._directory.glob("*.trace")):
             self.result.passed[path.stem] = list(dict.fromkeys(path.read_text().split()))
 
 
-def _open_rows(side: str, root: Path) -> list[str]:
-    """What is wrong with a journal."""
+Rows = list[tuple[str, str, str, bool]]
+
+_AGREED: dict[str, set[str | None]] = {
+    "given": {"claimed"},
+    "kept": {"refused", "never-prepared", None},
+}
+"""What a source's row says, and what the destination's of the same migration then says; None is no row."""
+
+
+def _rows(root: Path) -> Rows:
+    """The rows of a host's journal: side, migration, record, and whether it is settled."""
+    with closing(sqlite3.connect(root / "journal")) as database:
+        return database.execute("SELECT side, id, record, settled FROM migrations").fetchall()
+
+
+def _check_rows(journals: dict[str, Rows]) -> list[str]:
+    """What is wrong with both hosts' journals: rows that are open or double, and hosts that do not agree."""
     bad = []
-    for journal in root.glob("journal*"):
-        if journal.suffix or not journal.is_file():
-            continue
-        with closing(sqlite3.connect(journal)) as database:
-            rows = database.execute("SELECT side, id, record, settled FROM migrations").fetchall()
-        bad += [
-            f"the {side}'s journal has an open row: {own} {record}"
-            for own, _, record, settled in rows
-            if not settled
-        ]
-        if len({(own, migration) for own, migration, *_ in rows}) != len(rows):
-            bad.append(f"the {side}'s journal has two rows of one migration")
+    records: dict[tuple[str, str], str] = {}
+    for host, rows in journals.items():
+        for side, migration, record, settled in rows:
+            if not settled:
+                bad.append(f"the {host}'s journal has an open row: {side} {record}")
+            if (side, migration) in records:
+                bad.append(f"migration {migration} has two rows of the side {side}")
+            records[side, migration] = record
+    for (side, migration), record in records.items():
+        other = records.get(("destination", migration))
+        if side == "source" and other not in _AGREED.get(record, set()):
+            bad.append(f"the source's journal says {record} and the destination's {other}")
     return bad
 
 

@@ -58,7 +58,7 @@ class Network:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._holders = {place: stack.enter_context(_holder()) for place in "abc"}
+            self._holders = {place: stack.enter_context(_Holder()) for place in "abc"}
             self._lay()
             self._stack = stack.pop_all()
         return self
@@ -115,7 +115,9 @@ class Network:
         _run(self.inside(place, ["iptables-restore"]), "\n".join(["*filter", *rules, "COMMIT", ""]))
 
 
-class _holder:  # noqa: N801 - a context manager that is used like a function
+class _Holder:
+    """A process in a new network namespace, for the length of a ``with`` block."""
+
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
             ["unshare", "--net", "sh", "-c", "echo; exec cat"],
