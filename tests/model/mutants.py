@@ -23,10 +23,9 @@ from ferryman.handover import (
     Step,
     admit_answer,
     admit_question,
-    fall_back,
     recover,
 )
-from ferryman.types import Evidence, GuestEvidence, TransferEvidence
+from ferryman.types import DomainUUID, Evidence, GuestEvidence, MigrationId, Side, TransferEvidence
 from tests.model.world import Bounds, Protocol
 
 Table = dict[tuple[State, Input], Step]
@@ -209,11 +208,11 @@ _POSTCOPY_STATES = (State.PLEDGED, State.SWITCHED)
 
 def _where(state: State, given: Input) -> Bounds:
     """The world in which a state meets an input."""
-    if given is Input.WRITTEN_OFF:
-        return replace(PERSON, postcopy=state in _POSTCOPY_STATES)
     at_source = state in (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT)
     if state in _POSTCOPY_STATES or (at_source and given is Input.ASK):
         return replace(POSTCOPY, silent=state is State.SILENT, fail=False)
+    if given is Input.NO_PROOF:
+        return Bounds(fail=False)
     return SILENT if state in (State.SILENT, State.CLAIMING) else QUICK
 
 
@@ -235,41 +234,41 @@ def _writes() -> Iterator[Mutant]:
 def _decisions() -> Iterator[Mutant]:
     """An undecided side decides because somebody says so, gives up, or asks."""
     source = {"keeps": _KEEP, "lets go": _LET_GO}
-    destination = {"refuses": _REFUSE, "claims": _CLAIM, "runs the guest": _RUN}
-    for states, inputs, decisions in (
-        (
-            (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT),
-            (Input.GIVE_UP, Input.ASK),
-            source,
-        ),
-        (
-            (State.PREPARED, State.PLEDGED, State.CLAIMING),
-            (Input.CANCEL, Input.ASK, Input.NO_PROOF),
-            destination,
-        ),
+    waiting = (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT)
+    for state in waiting:
+        for given in (Input.GIVE_UP, Input.ASK):
+            for words, step in source.items():
+                yield _decision(state, given, words, step)
+    for state, decisions in (
+        (State.PREPARED, {"claims": _CLAIM, "runs the guest": _RUN}),
+        (State.PLEDGED, {"refuses": _REFUSE, "claims": _CLAIM, "runs the guest": _RUN}),
+        (State.CLAIMING, {"refuses": _REFUSE, "claims": _CLAIM}),
     ):
-        for state in states:
-            for given in inputs:
-                for words, step in decisions.items():
-                    if TABLE.get((state, given)) != step:
-                        yield Mutant(
-                            name=f"a side that is {state.value} {words} on {given.value}",
-                            protocol=_with({(state, given): step}),
-                            bounds=_where(state, given),
-                        )
+        for given in (Input.CANCEL, Input.ASK, Input.NO_PROOF):
+            for words, step in decisions.items():
+                if TABLE[state, given] != step:
+                    yield _decision(state, given, words, step)
+
+
+def _decision(state: State, given: Input, words: str, step: Step) -> Mutant:
+    return Mutant(
+        name=f"a side that is {state.value} {words} on {given.value}",
+        protocol=_with({(state, given): step}),
+        bounds=_where(state, given),
+    )
+
+
+_REACHED = (Input.GO, Input.CANCEL, Input.ASK, Input.NO_PROOF, Input.NEVER_RAN)
 
 
 def _answers() -> Iterator[Mutant]:
-    """A step tells the opposite."""
+    """A destination tells the opposite, or the proof is told without one."""
     opposite = {
-        PaperKind.CLAIM: PaperKind.REFUSAL,
-        PaperKind.REFUSAL: PaperKind.CLAIM,
-        PaperKind.PENDING: PaperKind.REFUSAL,
-        PaperKind.NO_PROOF: PaperKind.PROOF,
-        PaperKind.ASK: PaperKind.PROOF,
+        PaperKind.CLAIM: (PaperKind.REFUSAL,),
+        PaperKind.REFUSAL: (PaperKind.CLAIM,),
+        PaperKind.PENDING: (PaperKind.REFUSAL, PaperKind.CLAIM),
     }
     for (state, given), step in TABLE.items():
-        other = opposite.get(step.answer) if step.answer is not None else None
         at_destination = state in (
             State.PREPARED,
             State.PLEDGED,
@@ -277,49 +276,40 @@ def _answers() -> Iterator[Mutant]:
             State.CLAIMED,
             State.REFUSED,
         )
-        if other is not None and (at_destination or other is PaperKind.PROOF):
-            yield Mutant(
-                name=f"a side that is {state.value} answers {given.value} with {other.value}",
-                protocol=_with({(state, given): replace(step, answer=other)}),
-                bounds=_where(state, given),
-            )
+        for other in opposite.get(step.answer, ()) if step.answer is not None and at_destination else ():
+            if given in _REACHED:
+                yield _answer(state, given, step, other)
+    for key in ((State.HANDING, Input.UNCLEAR), (State.HANDING, Input.GONE), (State.SILENT, Input.GONE)):
+        yield _answer(*key, TABLE[key], PaperKind.PROOF)
+
+
+def _answer(state: State, given: Input, step: Step, other: PaperKind) -> Mutant:
+    bounds = Bounds(fail=False) if given is Input.UNCLEAR or state is State.SILENT else _where(state, given)
+    return Mutant(
+        name=f"a side that is {state.value} answers {given.value} with {other.value}",
+        protocol=_with({(state, given): replace(step, answer=other)}),
+        bounds=bounds,
+    )
 
 
 def _questions_misread() -> Iterator[Mutant]:
-    """A destination takes one paper for another."""
-    kinds = (
-        PaperKind.PROOF,
-        PaperKind.CANCEL,
-        PaperKind.ASK,
-        PaperKind.KEPT,
-        PaperKind.NO_PROOF,
-        PaperKind.SWITCH,
-    )
-    for kind in kinds:
-        for other in (PaperKind.PROOF, PaperKind.CANCEL, PaperKind.NO_PROOF, PaperKind.ASK):
-            if (
-                admit_question(None, _blank(kind)) != admit_question(None, _blank(other))
-                or other is PaperKind.PROOF
-            ):
-                if kind is other:
-                    continue
+    """A destination takes one paper for another that allows more."""
+    for other, kinds in (
+        (PaperKind.PROOF, ("cancel", "ask", "kept", "no-proof", "switch")),
+        (PaperKind.NO_PROOF, ("cancel", "ask")),
+    ):
+        for kind in map(PaperKind, kinds):
 
-                def misread(
-                    row: MigrationRow | None, paper: Paper, kind: PaperKind = kind, other: PaperKind = other
-                ) -> Input | PaperKind:
-                    return admit_question(row, replace(paper, kind=other) if paper.kind is kind else paper)
+            def misread(
+                row: MigrationRow | None, paper: Paper, kind: PaperKind = kind, other: PaperKind = other
+            ) -> Input | PaperKind:
+                return admit_question(row, replace(paper, kind=other) if paper.kind is kind else paper)
 
-                yield Mutant(
-                    name=f"a destination takes {kind.value} for {other.value}",
-                    protocol=Protocol(admit_question=misread),
-                    bounds=POSTCOPY,
-                )
-
-
-def _blank(kind: PaperKind) -> Paper:
-    from ferryman.types import MigrationId
-
-    return Paper(kind=kind, migration_id=MigrationId("0" * 32), generation=1)
+            yield Mutant(
+                name=f"a destination takes {kind.value} for {other.value}",
+                protocol=Protocol(admit_question=misread),
+                bounds=POSTCOPY,
+            )
 
 
 def _answers_misread() -> Iterator[Mutant]:
@@ -347,27 +337,48 @@ def _answers_misread() -> Iterator[Mutant]:
                 protocol=Protocol(admit_answer=misread),
                 bounds=bounds,
             )
+    for name in ("generation", "receipt", "newest"):
+        yield Mutant(
+            name=f"a source does not look at a paper's {name}",
+            protocol=Protocol(anonymous=True, admit_answer=_careless(name)),
+            bounds=TWICE,
+        )
+
+
+def _careless(what: str) -> Callable[..., Input | None]:
+    def admit(row: MigrationRow, paper: Paper, *, newest: bool) -> Input | None:
+        if what == "newest":
+            return admit_answer(row, paper, newest=True)
+        seen = replace(paper, **{what: getattr(row, what)})
+        return admit_answer(row, seen, newest=newest)
+
+    return admit
 
 
 def _verdicts() -> Iterator[Mutant]:
-    """Recovery concludes something else from what it found."""
-    transfers = {
-        GuestEvidence.RUNNING: ("none", "active", "failed"),
-        GuestEvidence.STOPPED: ("none", "active", "failed", "completed", "switched"),
-        GuestEvidence.GONE: ("unknown",),
-    }
-    conclusions = {
-        Record.BEGUN: (Input.GIVE_UP,),
-        Record.HANDING: (Input.STAYED, Input.PROVED, Input.SWITCHED, Input.GONE),
-        Record.PREPARED: (Input.CANCEL, Input.RAN),
-        Record.PLEDGED: (Input.RAN, Input.NEVER_RAN),
-        Record.CLAIMING: (Input.RAN, Input.NEVER_RAN, Input.RUN_AGAIN),
-    }
-    for record, others in conclusions.items():
-        for guest, seen in transfers.items():
-            for transfer in seen if record in (Record.HANDING, Record.BEGUN) else ("",):
-                for other in others:
-                    yield from _verdict_mutant(record, guest, transfer, other)
+    """Recovery concludes more than what it found allows."""
+    handing = (Input.STAYED, Input.PROVED, Input.SWITCHED)
+    for guest, transfer, others in (
+        (GuestEvidence.RUNNING, "active", handing),
+        (GuestEvidence.RUNNING, "failed", handing),
+        (GuestEvidence.STOPPED, "active", handing),
+        (GuestEvidence.STOPPED, "completed", handing),
+        (GuestEvidence.STOPPED, "switched", handing),
+        (GuestEvidence.GONE, "unknown", handing),
+    ):
+        for other in others:
+            yield from _verdict_mutant(Record.HANDING, guest, transfer, other)
+    for record, guest, others in (
+        (Record.PREPARED, GuestEvidence.STOPPED, (Input.RAN,)),
+        (Record.PREPARED, GuestEvidence.GONE, (Input.RAN,)),
+        (Record.PLEDGED, GuestEvidence.STOPPED, (Input.RAN, Input.NEVER_RAN)),
+        (Record.PLEDGED, GuestEvidence.GONE, (Input.RAN,)),
+        (Record.CLAIMING, GuestEvidence.RUNNING, (Input.NEVER_RAN,)),
+        (Record.CLAIMING, GuestEvidence.STOPPED, (Input.RAN, Input.NEVER_RAN)),
+        (Record.CLAIMING, GuestEvidence.GONE, (Input.NEVER_RAN, Input.RUN_AGAIN)),
+    ):
+        for other in others:
+            yield from _verdict_mutant(record, guest, "", other)
 
 
 def _verdict_mutant(record: Record, guest: GuestEvidence, transfer: str, other: Input) -> Iterator[Mutant]:
@@ -388,8 +399,6 @@ def _verdict_mutant(record: Record, guest: GuestEvidence, transfer: str, other: 
 
 
 def _probe(record: Record) -> MigrationRow:
-    from ferryman.types import DomainUUID, MigrationId, Side
-
     return MigrationRow(
         side=Side.SOURCE,
         migration_id=MigrationId("0" * 32),
@@ -400,4 +409,4 @@ def _probe(record: Record) -> MigrationRow:
     )
 
 
-__all__ = ["READINGS", "Mutant", "fall_back", "generated"]
+__all__ = ["READINGS", "Mutant", "generated"]

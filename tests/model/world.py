@@ -622,6 +622,7 @@ class Rules:
                             yield from self._switch(world, asked.source, slip._replace(kind=PaperKind.PLEDGE))
                 case PaperKind.PLEDGE:
                     yield from self._switch(world, asked.source, slip)
+                    yield from self.confirm(world, asked.source, slip)
                 case PaperKind.PROOF | PaperKind.KEPT | PaperKind.ASK | PaperKind.NO_PROOF:
                     yield from self.decide(world, asked.destination, slip)
                 case PaperKind.CLAIM | PaperKind.REFUSAL | PaperKind.NEVER_PREPARED | PaperKind.UNKNOWN:
@@ -735,12 +736,12 @@ class Rules:
             key = record, receipt, generation
         given = self._asked(key, slip, generation)
         if isinstance(given, PaperKind):
-            yield words, _slip(world, Slip(given, slip.migration, slip.receipt))
+            yield words, _told(world, Slip(given, slip.migration, slip.receipt))
             return
         if run is None and row is not None and row.settled:
             step = self.protocol.table.get((fall_back(row.record), given))
             if step is not None and step.answer is not None:
-                yield words, _slip(world, Slip(step.answer, slip.migration, row.receipt))
+                yield words, _told(world, Slip(step.answer, slip.migration, row.receipt))
             return
         if run is None:
             state_ = State.ABSENT if row is None else fall_back(row.record)
@@ -1119,16 +1120,21 @@ def _slip(world: World, slip: Slip) -> World:
 
 
 def _tell(world: World, host: int, run: Run, kind: PaperKind, *, known: bool = True) -> World:
-    """Let a paper go out. INVARIANT I3: nobody is told what is not so."""
-    ran = world.migrations[run.migration].ran
-    if kind is PaperKind.CLAIM and not ran and not world.excuse:
-        raise Violation(f"I3: a claim of migration {run.migration} is told, and the guest never came")
-    lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
-    if kind in (PaperKind.REFUSAL, PaperKind.KEPT) and ran and not lost:
-        raise Violation(f"I3: migration {run.migration} is told to have failed, and the guest ran")
+    """Let a paper go out."""
     if known:
         world = _with_run(world, host, run)
-    return _slip(world, Slip(kind, run.migration, run.receipt))
+    return _told(world, Slip(kind, run.migration, run.receipt))
+
+
+def _told(world: World, slip: Slip) -> World:
+    """INVARIANT I3: nobody is told what is not so."""
+    ran = world.migrations[slip.migration].ran
+    if slip.kind is PaperKind.CLAIM and not ran and not world.excuse:
+        raise Violation(f"I3: a claim of migration {slip.migration} is told, and the guest never came")
+    lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
+    if slip.kind in (PaperKind.REFUSAL, PaperKind.KEPT) and ran and not lost:
+        raise Violation(f"I3: migration {slip.migration} is told to have failed, and the guest ran")
+    return _slip(world, slip)
 
 
 __all__ = [

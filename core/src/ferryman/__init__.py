@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ferryman.errors import FerrymanError, InDoubtError, MigrationError
     from ferryman.migration import MigrationJob
     from ferryman.plan import Plan
+    from ferryman.resolve import Resolution, Testimony
     from ferryman.types import (
         DomainEvent,
         DomainInfo,
@@ -46,6 +47,8 @@ _HOMES = {
     "MigrationJob": "migration",
     "MigrationResult": "types",
     "Plan": "plan",
+    "Resolution": "resolve",
+    "Testimony": "resolve",
     "Finding": "types",
     "PhaseEvent": "types",
     "ProgressEvent": "types",
@@ -76,6 +79,8 @@ __all__ = [
     "MigrationJob",
     "MigrationResult",
     "Plan",
+    "Resolution",
+    "Testimony",
     "Finding",
     "PhaseEvent",
     "ProgressEvent",

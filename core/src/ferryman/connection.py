@@ -38,6 +38,7 @@ from ferryman.types import (
     DomainState,
     DomainStatistics,
     DomainUUID,
+    MigrationId,
     MigrationOptions,
 )
 from ferryman.uri import ConnectionURI
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from ferryman.handover import MigrationRow
     from ferryman.migration import MigrationJob
     from ferryman.plan import Plan
+    from ferryman.resolve import Resolution, Testimony
 
 _log = logging.getLogger(__name__)
 
@@ -220,6 +222,23 @@ class Connection:
     def open_migrations(self) -> list[MigrationRow]:
         """Migrations that are under way or in doubt at this host."""
         return self.host.open_migrations()
+
+    def in_doubt(self) -> list[Resolution]:
+        """Every migration that is open at this host, and which evidence is missing; asks nobody."""
+        return self.host.in_doubt()
+
+    async def resolve(
+        self, migration_id: str | None = None, testimony: Testimony | None = None
+    ) -> list[Resolution]:
+        """Settle what is open at this host: alone, by asking the other end, and with what a person brings.
+
+        :param migration_id: only this one; None is every open one.
+        :raises MigrationNotFoundError: nothing of that id is known here.
+        :raises OptionError: evidence was brought, and several migrations are open.
+        :raises JournalError: the journal that was brought cannot be used. :raises HostBusyError: it is in use.
+        :cancellation: between two steps; what was decided stays.
+        """
+        return await self.host.resolve(MigrationId(migration_id) if migration_id else None, testimony)
 
     async def hook_lookup(self, request: LookupRequest) -> DomainInfo:
         """Find a domain through the driver, or make the default handle that ``hookspecs`` documents."""

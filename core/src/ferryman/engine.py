@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, assert_never
 
 import anyio
+import anyio.to_thread
 
 from ferryman.definition import minimal_definition, rename_definition
 from ferryman.errors import (
@@ -30,10 +31,13 @@ from ferryman.errors import (
     HypervisorError,
     InDoubtError,
     JournalError,
+    MigrationNotFoundError,
     MigrationURIMissingError,
+    OptionError,
     PaperError,
 )
 from ferryman.handover import (
+    TABLE,
     Action,
     Cookie,
     Input,
@@ -70,6 +74,7 @@ from ferryman.hookspecs import (
     TuneRequest,
     Verdict,
 )
+from ferryman.resolve import Resolution, Testimony, ask_journal, describe
 from ferryman.types import (
     DomainInfo,
     DomainState,
@@ -983,6 +988,88 @@ class Host:
         if run.state is State.HANDING:
             await self._feed(run, Input.UNCLEAR)
 
+    # What a person asks for
+
+    def in_doubt(self) -> list[Resolution]:
+        """Every migration that is open here, and what is missing; asks nobody."""
+        return [
+            describe(run.row, run.state, settled=False, under_way=_under_way(run)) for run in self._open()
+        ]
+
+    async def resolve(
+        self, migration_id: MigrationId | None = None, testimony: Testimony | None = None
+    ) -> list[Resolution]:
+        """Settle what is open here: alone, by asking the other end, and with what a person brings.
+
+        A migration that is under way is left alone.  Twice, or at both ends at once, is harmless.
+
+        :param migration_id: only this one; None is every open one.
+        :raises MigrationNotFoundError: nothing of that id is known here.
+        :raises OptionError: evidence was brought, and it is not said for which of several migrations.
+        :raises JournalError: the journal that was brought cannot be used.
+        :cancellation: between two steps; what was decided stays.
+        """
+        runs = [run for run in self._open() if migration_id in (None, run.row.migration_id)]
+        if not runs and migration_id is not None:
+            return self._known(migration_id)
+        if testimony is not None and len(runs) > 1:
+            raise OptionError(
+                f"{len(runs)} migrations are open here: say which one the evidence is about",
+                option="migration",
+            )
+        return [await self._resolve(run, testimony) for run in runs]
+
+    def _known(self, migration_id: MigrationId) -> list[Resolution]:
+        rows = [row for side in Side if (row := self._journal.read(side, migration_id)) is not None]
+        if not rows:
+            raise MigrationNotFoundError(f"no migration {migration_id} is known here")
+        return [describe(row, fall_back(row.record), settled=True) for row in rows]
+
+    async def _resolve(self, run: _Run, testimony: Testimony | None) -> Resolution:
+        if _under_way(run):
+            return describe(run.row, run.state, settled=False, under_way=True)
+        answered: PaperKind | None = None
+        trouble = ""
+        try:
+            with anyio.fail_after(run.options.patience_s):
+                answered = await self._look_and_ask(run)
+        except TimeoutError:
+            trouble = f"no answer within {run.options.patience_s:g} s"
+        except FerrymanError as error:
+            trouble = error.message
+        if not run.done and testimony is not None:
+            answered = await self._testify(run, testimony)
+        return describe(run.row, run.state, settled=run.done, answered=answered, trouble=trouble)
+
+    async def _testify(self, run: _Run, testimony: Testimony) -> PaperKind | None:
+        """Act on what a person brings.
+
+        :returns: what the journal that was brought answers.
+        """
+        note = testimony.note()
+        if testimony.journal is not None:
+            if run.state not in _QUESTIONS:
+                return None  # it is this host's hypervisor that has not answered
+            question = run.row.paper(_QUESTIONS[run.state])
+            answer = await anyio.to_thread.run_sync(ask_journal, testimony.journal, question, run.side, note)
+            run.row = replace(run.row, testimony=note)
+            cookie = encode_cookie(Cookie(paper=answer, address=run.row.peer_address))
+            await (self.confirm(cookie) if run.side is Side.SOURCE else self.decide(cookie))
+            return answer.kind
+        with anyio.CancelScope(shield=True):
+            async with run.lock:
+                await self._refresh(run)
+                if run.done or (run.state, Input.WRITTEN_OFF) not in TABLE:
+                    return None
+                # The definition stays, whatever was asked for: it is all that is left of the guest.
+                kept = tuple(pair for pair in run.row.extra if pair[0] != "undefine")
+                run.row = replace(run.row, testimony=note, extra=kept)
+                await self._feed(run, Input.WRITTEN_OFF)
+        return None
+
+    def _open(self) -> list[_Run]:
+        return [run for run in self._runs.values() if not run.done]
+
     async def _ask_once(self, run: _Run) -> PaperKind:
         """Ask the other side, and act on what decides.
 
@@ -1105,6 +1192,16 @@ class Host:
 
     def _cookie(self, run: _Run, kind: PaperKind, extra: tuple[tuple[str, str], ...] = ()) -> bytes:
         return encode_cookie(Cookie(paper=run.row.paper(kind), address=self.address, extra=extra))
+
+
+def _under_way(run: _Run) -> bool:
+    """Whether somebody still drives it; its lease ends it otherwise."""
+    return run.transfer is not None or run.state in (
+        State.ABSENT,
+        State.BEGUN,
+        State.PREPARING,
+        State.PREPARED,
+    )
 
 
 def _flags(**flags: bool) -> tuple[tuple[str, str], ...]:

@@ -232,6 +232,12 @@ class JournalBehindError(JournalError):
     code = "journal-behind"
 
 
+class MigrationNotFoundError(FerrymanError):
+    """No migration of that id is known at this host."""
+
+    code = "migration-not-found"
+
+
 class PaperError(FerrymanError):
     """A cookie is not Ferryman's, is damaged, or is about another migration; nothing was changed."""
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ferryman import plan as _plan
     from ferryman.capabilities import Capabilities, Negotiation
     from ferryman.handover import MigrationRow
+    from ferryman.resolve import Resolution, Testimony
     from ferryman.types import (
         DomainEvent,
         DomainInfo,
@@ -166,6 +167,16 @@ class Connection:
             yield _iterate(self._call, stream)
         finally:
             self._call(partial(_in_loop, partial(listening.__exit__, None, None, None)))
+
+    def in_doubt(self) -> list[Resolution]:
+        """See :meth:`ferryman.connection.Connection.in_doubt`."""
+        return self._connection.in_doubt()
+
+    def resolve(
+        self, migration_id: str | None = None, testimony: Testimony | None = None
+    ) -> list[Resolution]:
+        """See :meth:`ferryman.connection.Connection.resolve`."""
+        return self._call(partial(self._connection.resolve, migration_id, testimony))
 
     def open_migrations(self) -> list[MigrationRow]:
         """See :meth:`ferryman.connection.Connection.open_migrations`."""

@@ -1,0 +1,7 @@
+"""``python -m ferryman`` is the command line."""
+
+from __future__ import annotations
+
+from ferryman.cli import main
+
+main()

@@ -1,0 +1,206 @@
+"""Settling what a crash left open: what a host can do alone, what the other end says, and what a person brings.
+
+A person brings evidence, never permission (rule 7 of :mod:`ferryman.handover`): the other host's journal, from which
+its own rules decide, or the word that the other host and the guest on it are lost, which ends the migration here and
+never starts an older memory.  Both are kept in the journal, with who said it.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from ferryman.errors import JournalError, OptionError
+from ferryman.handover import (
+    TABLE,
+    MigrationRow,
+    Paper,
+    PaperKind,
+    Record,
+    State,
+    admit_inquiry,
+    admit_question,
+    fall_back,
+    recover,
+)
+from ferryman.types import DomainUUID, Evidence, GuestEvidence, MigrationId, Side
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_VERDICTS = {
+    Record.KEPT: "the guest stays here",
+    Record.GIVEN: "this host has let the guest go",
+    Record.CLAIMED: "the guest is this host's",
+    Record.REFUSED: "this host refused the guest",
+    Record.NEVER_PREPARED: "this host never prepared for the guest",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Testimony:
+    """What a person brings: exactly one of ``journal`` and ``lost``.
+
+    :param who: the person, for the record; not empty.
+    :param journal: the other host's journal file, after its programs and the guest there have ended.
+    :param lost: the other host and the guest on it are lost for good.
+    """
+
+    who: str
+    journal: Path | None = None
+    lost: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.who.strip():
+            raise OptionError("evidence needs the name of who brings it", option="who")
+        if (self.journal is not None) == self.lost:
+            raise OptionError(
+                "bring the other host's journal, or say that it is lost: one of them", option="lost"
+            )
+
+    def note(self) -> str:
+        """What the journal keeps of it."""
+        said = (
+            f"the journal {self.journal}"
+            if self.journal is not None
+            else "the other host and the guest on it are lost"
+        )
+        return f"{self.who.strip()}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {said}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolution:
+    """Where one migration stands on one host.
+
+    :param record: what the journal says.
+    :param settled: nothing is in doubt here any more.
+    :param verdict: the decision in words; '' where there is none.
+    :param missing: the evidence that would settle it; '' where it is settled.
+    :param remedy: what to do about it; '' where it is settled.
+    :param testimony: what a person brought, and who.
+    """
+
+    migration_id: MigrationId
+    uuid: DomainUUID
+    name: str
+    side: Side
+    record: Record
+    settled: bool
+    verdict: str
+    missing: str = ""
+    remedy: str = ""
+    testimony: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.name} ({self.side.value}, migration {self.migration_id}): "
+        tail = f" [{self.testimony}]" if self.testimony else ""
+        if self.settled:
+            return f"{head}{self.verdict}{tail}"
+        return f"{head}in doubt ({self.record.value}): {self.missing}; {self.remedy}{tail}"
+
+
+def describe(
+    row: MigrationRow,
+    state: State,
+    *,
+    settled: bool,
+    under_way: bool = False,
+    answered: PaperKind | None = None,
+    trouble: str = "",
+) -> Resolution:
+    """Say where a migration stands, and which evidence is missing.
+
+    :param answered: what the other side has answered, where it was asked. :param trouble: why it could not be asked,
+        or why a step could not be done.
+    """
+    missing, remedy = "", ""
+    if not settled:
+        missing, remedy = _missing(row, state, under_way=under_way, answered=answered, trouble=trouble)
+    return Resolution(
+        migration_id=row.migration_id,
+        uuid=row.uuid,
+        name=row.name or "(unknown)",
+        side=row.side,
+        record=row.record,
+        settled=settled,
+        verdict=_VERDICTS.get(row.record, ""),
+        missing=missing,
+        remedy=remedy,
+        testimony=row.testimony,
+    )
+
+
+def _missing(
+    row: MigrationRow, state: State, *, under_way: bool, answered: PaperKind | None, trouble: str
+) -> tuple[str, str]:
+    other = "destination" if row.side is Side.SOURCE else "source"
+    because = f" ({trouble})" if trouble else ""
+    if under_way:
+        return "nothing: it is under way", "wait for it, or abort it where it was started"
+    if row.record.decided:
+        return f"the decision stands, and its last actions failed{because}", "mend that; they are tried again"
+    if state is State.CLAIMING or (row.record is Record.BEGUN and not trouble):
+        return f"the hypervisor's word on process {row.process or 'of the guest'}{because}", (
+            "look at that process, and open this host again when the hypervisor answers"
+        )
+    if answered is PaperKind.UNKNOWN:
+        return f"the {other}'s journal has lost this migration", (
+            f"bring the {other}'s newest journal back, or say that that host and the guest on it are lost"
+        )
+    if answered is PaperKind.PENDING:
+        return f"the {other} has not decided yet", f"ask again; if it stays so, resolve at the {other}"
+    if answered is PaperKind.NEVER_PREPARED:
+        return f"the {other} never prepared this migration, so its journal is another one", (
+            f"look at the {other}, or say that that host and the guest on it are lost"
+        )
+    silent = "the hypervisor's word, or " if state is State.SILENT else ""
+    address = row.peer_address or "an address that its papers did not name"
+    return f"{silent}the {other}'s word, from {address}{because}", (
+        f"make the {other} reachable, bring its journal, or say that that host and the guest on it are lost"
+    )
+
+
+def ask_journal(path: Path, question: Paper, asker: Side, testimony: str) -> Paper:
+    """Let a host's journal answer for the host, whose programs and guests have ended; blocking.
+
+    Where that journal is undecided, its rules decide with the evidence that no guest is there any more, and the
+    decision is written into it, so that the host abides by it when it comes back.
+
+    :param asker: the side that asks; the journal answers for the other one.
+    :raises HostBusyError: a program has that journal open.
+    :raises JournalError: it is no journal, is damaged, behind its mark, or cannot be written.
+    """
+    from ferryman.journal import Journal, read_journal
+
+    side = Side.DESTINATION if asker is Side.SOURCE else Side.SOURCE
+    contents = read_journal(path)
+    row = next(
+        (row for row in contents.rows if (row.side, row.migration_id) == (side, question.migration_id)), None
+    )
+    given = admit_question(row, question) if side is Side.DESTINATION else admit_inquiry(row, question)
+    if row is None or isinstance(given, PaperKind):
+        return replace(question, kind=given if isinstance(given, PaperKind) else PaperKind.UNKNOWN, reason="")
+    state = fall_back(row.record)
+    if not row.record.decided:
+        found = recover(row, Evidence(guest=GuestEvidence.GONE))
+        step = TABLE.get((state, found)) if found is not None else None
+        if step is None:
+            raise JournalError(f"the journal {path} does not decide migration {row.migration_id}")
+        state = step.state
+        if step.record is not None:
+            if not contents.marked:
+                raise JournalError(
+                    f"the journal {path} is undecided, and without its mark nobody can tell whether it is the newest:"
+                    " bring the mark too"
+                )
+            row = replace(row, record=step.record, settled=False, testimony=testimony)
+            with closing(Journal.open(path)) as journal:
+                row = journal.write_now(row)
+    answer = TABLE[state, given].answer
+    assert answer is not None
+    return row.paper(answer)
+
+
+__all__ = ["Resolution", "Testimony", "ask_journal", "describe"]
