@@ -368,7 +368,7 @@ def _verdicts() -> Iterator[Mutant]:
     ):
         for other in others:
             yield from _verdict_mutant(Record.HANDING, guest, transfer, other)
-    for record, guest, others in (
+    for record, guest, more in (
         (Record.PREPARED, GuestEvidence.STOPPED, (Input.RAN,)),
         (Record.PREPARED, GuestEvidence.GONE, (Input.RAN,)),
         (Record.PLEDGED, GuestEvidence.STOPPED, (Input.RAN, Input.NEVER_RAN)),
@@ -377,7 +377,7 @@ def _verdicts() -> Iterator[Mutant]:
         (Record.CLAIMING, GuestEvidence.STOPPED, (Input.RAN, Input.NEVER_RAN)),
         (Record.CLAIMING, GuestEvidence.GONE, (Input.NEVER_RAN, Input.RUN_AGAIN)),
     ):
-        for other in others:
+        for other in more:
             yield from _verdict_mutant(record, guest, "", other)
 
 
