@@ -5,7 +5,7 @@ BIN := .venv/bin
 SETUP = @$(PYTHON) tests/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports spelling docs bench safety fault wheels pins clean \
+.PHONY: help demo test model check lint types imports spelling docs bench safety fault wheels pins clean \
 	setup-check setup-docs setup-test
 
 help: ## list the targets
@@ -36,6 +36,9 @@ spelling: setup-check ## check the spelling
 
 docs: setup-docs ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -E -a -n -W -q -b html docs docs/_build/html
+
+model: setup-test ## explore the handover, and mutants of it, in every state of small worlds
+	@$(BIN)/python -m tests.model
 
 bench: ## measure migrations, and those of others
 	$(SETUP) bench

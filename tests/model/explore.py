@@ -180,20 +180,24 @@ def _heal_step(rules: Rules, world: World) -> Move | None:
     for number, host in enumerate(world.hosts):
         if not host.up and host.journal:
             return Words("ABCDEF"[number], "comes back"), rules.restart(world, number)
-    waiting = []
+    idle = []
     for number, host in enumerate(world.hosts):
         for run in host.runs:
             if run.todo:
                 for move in rules.go_on(world, number, run):
                     return move
                 continue  # it waits for its hypervisor
-            if run.state in _ASKING:
-                waiting.append((number, run))
-            for move in rules.lease(world, number, run):
-                if move[1] != world:
-                    return move
-    for number, run in waiting:
-        answer = _ask(rules, world, number, run)
+            idle.append((number, run))
+    # Hypervisors are quicker than leases, and what they refuse may be tried again once they are through.
+    if any(process.status == "tail" for process in world.processes):
+        for move in rules.hypervisors(world):
+            return move
+    for number, run in idle:
+        for move in rules.lease(world, number, run):
+            if move[1] != world:
+                return move
+    for number, run in idle:
+        answer = _ask(rules, world, number, run) if run.state in _ASKING else None
         if answer is not None:
             return answer
     return next(iter(rules.hypervisors(world)), None)

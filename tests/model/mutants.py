@@ -196,6 +196,10 @@ READINGS: tuple[Mutant, ...] = (
 def generated() -> Iterator[Mutant]:
     """Make all mutants, in a fixed order."""
     yield from _writes()
+    yield from _orders()
+    yield from _omissions()
+    yield from _opposites()
+    yield from _presumptions()
     yield from _decisions()
     yield from _answers()
     yield from _questions_misread()
@@ -229,6 +233,89 @@ def _writes() -> Iterator[Mutant]:
         if late:
             name = f"{record.value} is written after what it allows"
             yield Mutant(name=name, protocol=_with({}, late=late), bounds=bounds)
+
+
+def _orders() -> Iterator[Mutant]:
+    """The last actions of a decision are done in the other order."""
+    for record in Record:
+        keys = [
+            key for key, step in TABLE.items() if step.state.value == record.value and len(step.actions) > 1
+        ]
+        turned: dict[tuple[State, Input], Step | None] = {
+            key: replace(TABLE[key], actions=TABLE[key].actions[::-1]) for key in keys
+        }
+        if turned:
+            yield Mutant(
+                name=f"what follows {record.value} is done in the other order", protocol=_with(turned)
+            )
+
+
+def _omissions() -> Iterator[Mutant]:
+    """An action is never done."""
+    for action in Action:
+        changed: dict[tuple[State, Input], Step | None] = {
+            key: replace(step, actions=tuple(a for a in step.actions if a is not action))
+            for key, step in TABLE.items()
+            if action in step.actions
+        }
+        postcopy = action in (Action.SWITCH, Action.SERVE_PAGES)
+        yield Mutant(
+            name=f"nothing is done for {action.value}",
+            protocol=_with(changed),
+            bounds=POSTCOPY if postcopy else replace(QUICK, fail=action is not Action.SETTLE),
+        )
+
+
+_OPPOSITES = {
+    Action.RESUME: Action.DESTROY_COPY,
+    Action.DESTROY_COPY: Action.RESUME,
+    Action.RUN_GUEST: Action.DESTROY_RECEIVER,
+    Action.DESTROY_RECEIVER: Action.ADOPT,
+    Action.ADOPT: Action.DESTROY_RECEIVER,
+    Action.TRANSFER: Action.DESTROY_COPY,
+    Action.CANCEL_TRANSFER: Action.DESTROY_COPY,
+    Action.SERVE_PAGES: Action.RESUME,
+}
+
+
+def _opposites() -> Iterator[Mutant]:
+    """A step does the opposite of one of its actions."""
+    for (state, given), step in TABLE.items():
+        opposite = _OPPOSITES.get(step.actions[0]) if step.actions else None
+        if opposite is None or given is Input.WRITTEN_OFF or (state, given) in _UNREACHED:
+            continue
+        yield Mutant(
+            name=f"a side that is {state.value} does {opposite.value} on {given.value}",
+            protocol=_with({(state, given): replace(step, actions=(opposite, *step.actions[1:]))}),
+            bounds=_where(state, given),
+        )
+
+
+_UNREACHED = frozenset(
+    {
+        # An earlier defence stands before them, so that no world of the model comes there.
+        (State.BEGUN, Input.REFUSAL),
+        (State.PREPARED, Input.RAN),
+        (State.PLEDGED, Input.RAN),
+    }
+)
+
+
+def _presumptions() -> Iterator[Mutant]:
+    """A caller that gets no answer takes it for one."""
+    for kind, presumed in (
+        (PaperKind.PROOF, PaperKind.CLAIM),
+        (PaperKind.PROOF, PaperKind.REFUSAL),
+        (PaperKind.ASK, PaperKind.CLAIM),
+        (PaperKind.ASK, PaperKind.REFUSAL),
+        (PaperKind.NO_PROOF, PaperKind.CLAIM),
+        (PaperKind.NO_PROOF, PaperKind.REFUSAL),
+    ):
+        yield Mutant(
+            name=f"no answer to {kind.value} is taken for a {presumed.value}",
+            protocol=Protocol(presumes={kind: presumed}),
+            bounds=Bounds(fail=False),
+        )
 
 
 def _decisions() -> Iterator[Mutant]:
@@ -409,4 +496,25 @@ def _probe(record: Record) -> MigrationRow:
     )
 
 
-__all__ = ["READINGS", "Mutant", "generated"]
+_EVIDENCE = "what the hypervisor says after a crash between the two leads to the same record"
+_SWEPT = "after a crash between the two the next opening ends a receiver that no open row names"
+
+SURVIVORS: dict[str, str] = {
+    "V14: a newer migration does not end an older one": "it waits until the older one's lease has ended",
+    "kept is written after what it allows": _EVIDENCE,
+    "given is written after what it allows": _EVIDENCE,
+    "claimed is written after what it allows": _EVIDENCE,
+    "never-prepared is written after what it allows": _SWEPT,
+    "what follows refused is done in the other order": _SWEPT,
+    "what follows never-prepared is done in the other order": _SWEPT,
+    "what follows claimed is done in the other order": "a guest that runs and that no open row names is taken in",
+    "handing with the guest stopped, transfer completed is taken for switched": (
+        "serving pages where none are left to be sent is nothing"
+    ),
+    "claiming with the guest stopped is taken for never-ran": (
+        "a destination that knows that the guest never ran may refuse; ours runs it, so that nothing is lost"
+    ),
+}
+"""Mutants that break nothing, each with the reason."""
+
+__all__ = ["READINGS", "SURVIVORS", "Mutant", "generated"]

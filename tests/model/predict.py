@@ -1,8 +1,8 @@
 """What the model says of a fault at a point of the table: where the guest may be once all is settled.
 
 Points are those of :mod:`tests.fault.points`, ``<side>.<state>.<input>.<where>``, or ``transfer…`` for a moment of the
-transfer.  The world is explored without faults up to the point; the fault strikes; and from there every way is gone, with
-managers that come back and callers that do anything, to every end.
+transfer.  The world is explored without faults up to the point; the fault strikes; and from there every way is gone,
+with managers that come back and callers that do anything, to every end.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ _HOSTS = ("source", "destination")
 class _Watched(Rules):
     """Rules that tell which entries of the table a move has fed."""
 
-    fed: tuple[str, State, Input] | None = None
+    def __init__(self, protocol: Protocol, bounds: Bounds) -> None:
+        super().__init__(protocol, bounds)
+        self.fed: list[tuple[str, State, Input]] = []
 
     def feed(self, world: World, host: int, run: Run, given: Input) -> World:
-        self.fed = (run.side.value, run.state, given)
+        self.fed.append((run.side.value, run.state, given))
         return super().feed(world, host, run, given)
 
 
@@ -51,13 +53,12 @@ def _visited() -> dict[str, set[World]]:
             at["transfer"].add(world)
         for name in _standing(world):
             at[name].add(world)
-        rules.fed = None
+        rules.fed.clear()
         for _words, following in rules.progress(world):
-            if rules.fed is not None:
-                side, state, given = rules.fed
+            for side, state, given in rules.fed:
                 at[f"{side}.{state.value}.{given.value}.before"].add(world)
                 at[f"{side}.{state.value}.{given.value}.written"].add(following)
-            rules.fed = None
+            rules.fed.clear()
             if following not in seen:
                 seen.add(following)
                 queue.append(following)

@@ -420,6 +420,10 @@ class Rules:
                 if action is Action.DESTROY_COPY and self.protocol.destroys_by_name:
                     process = next((p for p in world.processes if p.host == host and not p.receiver), None)
                 yield words, _with_run(_ended(world, process), host, run)
+            case Action.RESUME if process is not None and process.status == "tail":
+                # Before its transfer has ended a hypervisor refuses; the row stays open, and it is tried again.
+                refused = words._replace(what=f"{words.what} is refused")
+                yield refused, _with_run(world, host, run._replace(todo=()))
             case Action.RESUME:
                 yield words, _with_run(self._resumed(world, process), host, run)
             case Action.CANCEL_TRANSFER:
@@ -835,7 +839,7 @@ class Rules:
             there = asked.destination if run.side is SOURCE else asked.source
             if run.todo or (run.state, Input.WRITTEN_OFF) not in self.protocol.table:
                 continue
-            off = world._replace(excuse=world.excuse or "a person wrote the other host off")
+            off = world._replace(excuse=_WRITTEN_OFF)
             words = Words("person", f"says that {_name(there)} and the guest on it are lost", _name(host))
             yield words, self.feed(off, host, run, Input.WRITTEN_OFF)
             # The journal of a host where nothing runs any more.
@@ -983,7 +987,9 @@ def _settled(world: World, host: int, run: Run) -> World:
     world = _with_run(world, host, run)
     state = world.hosts[host]
     rows = tuple(
-        row._replace(settled=True) if (row.side, row.migration) == (run.side, run.migration) else row
+        row._replace(settled=True)
+        if (row.side, row.migration, row.record.value) == (run.side, run.migration, run.state.value)
+        else row
         for row in state.rows
     )
     # What is left of the step, its answer, is told by a run that nobody else uses any more.
@@ -1001,6 +1007,10 @@ def _may_claim(world: World, process: Process) -> bool:
         return not process.receiver or record in (Record.CLAIMING, Record.CLAIMED)
     return record is not Record.CLAIMED and process.transfer != "switched"
 
+
+_FAILURES = (PaperKind.REFUSAL, PaperKind.KEPT, PaperKind.NEVER_PREPARED)
+
+_WRITTEN_OFF = "a person wrote the other host off"
 
 _VOLATILE = frozenset(
     {State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT, State.ABSENT, State.PREPARING}
@@ -1078,6 +1088,14 @@ def _without(world: World, process: Process) -> World:
 
 
 def _ran(world: World, migration: int) -> World:
+    """Note that a guest came. INVARIANT I3: nobody had been told that it would not."""
+    lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
+    if not world.migrations[migration].ran and not lost:
+        for slip in world.slips:
+            if slip.migration == migration and slip.kind in _FAILURES:
+                raise Violation(
+                    f"I3: migration {migration} was told to have failed, and the guest comes after all"
+                )
     migrations = list(world.migrations)
     migrations[migration] = migrations[migration]._replace(ran=True)
     return world._replace(migrations=tuple(migrations))
@@ -1132,7 +1150,9 @@ def _told(world: World, slip: Slip) -> World:
     if slip.kind is PaperKind.CLAIM and not ran and not world.excuse:
         raise Violation(f"I3: a claim of migration {slip.migration} is told, and the guest never came")
     lost = any(not 0 < host.journal <= len(world.hosts) for host in world.hosts)
-    if slip.kind in (PaperKind.REFUSAL, PaperKind.KEPT) and ran and not lost:
+    if slip.kind is PaperKind.GIVEN and not ran and world.excuse != _WRITTEN_OFF:
+        raise Violation(f"I3: the source has let go in migration {slip.migration}, and the guest never came")
+    if slip.kind in _FAILURES and ran and not lost:
         raise Violation(f"I3: migration {slip.migration} is told to have failed, and the guest ran")
     return _slip(world, slip)
 
