@@ -30,6 +30,12 @@ from ferryman.types import DomainUUID, Evidence, GuestEvidence, MigrationId, Sid
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ferryman.handover import Input
+    from ferryman.journal import Journal
+
+MAX_NAME_CHARACTERS = 200
+"""A name of who brings evidence is no longer, so that the room set aside for a decision holds it."""
+
 _VERDICTS = {
     Record.KEPT: "the guest stays here",
     Record.GIVEN: "this host has let the guest go",
@@ -43,7 +49,7 @@ _VERDICTS = {
 class Testimony:
     """What a person brings: exactly one of ``journal`` and ``lost``.
 
-    :param who: the person, for the record; not empty.
+    :param who: the person, for the record; not empty, and no longer than :data:`MAX_NAME_CHARACTERS`.
     :param journal: the other host's journal file, after its programs and the guest there have ended.
     :param lost: the other host and the guest on it are lost for good.
     """
@@ -55,6 +61,11 @@ class Testimony:
     def __post_init__(self) -> None:
         if not self.who.strip():
             raise OptionError("evidence needs the name of who brings it", option="who")
+        if len(self.who) > MAX_NAME_CHARACTERS:
+            raise OptionError(
+                f"the name of who brings evidence is longer than {MAX_NAME_CHARACTERS} characters",
+                option="who",
+            )
         if (self.journal is not None) == self.lost:
             raise OptionError(
                 "bring the other host's journal, or say that it is lost: one of them", option="lost"
@@ -67,7 +78,14 @@ class Testimony:
             if self.journal is not None
             else "the other host and the guest on it are lost"
         )
-        return f"{self.who.strip()}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {said}"
+        return printable(f"{self.who.strip()}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {said}")
+
+
+def printable(text: str) -> str:
+    """A text on one line, with what cannot be shown as escapes: names and paths may hold anything."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,11 +112,12 @@ class Resolution:
     testimony: str = ""
 
     def __str__(self) -> str:
-        head = f"{self.name} ({self.side.value}, migration {self.migration_id}): "
-        tail = f" [{self.testimony}]" if self.testimony else ""
+        text = f"{self.name} ({self.side.value}, migration {self.migration_id}): "
         if self.settled:
-            return f"{head}{self.verdict}{tail}"
-        return f"{head}in doubt ({self.record.value}): {self.missing}; {self.remedy}{tail}"
+            text += self.verdict
+        else:
+            text += f"in doubt ({self.record.value}): {self.missing}; {self.remedy}"
+        return printable(f"{text} [{self.testimony}]" if self.testimony else text)
 
 
 def describe(
@@ -141,7 +160,8 @@ def _missing(
         return "nothing: it is under way", "wait for it, or abort it where it was started"
     if row.record.decided:
         return f"the decision stands, and its last actions failed{because}", "mend that; they are tried again"
-    if state is State.CLAIMING or (row.record is Record.BEGUN and not trouble):
+    if state in (State.BEGUN, State.HANDING, State.PREPARED, State.CLAIMING):
+        # This host decides alone, or does not yet know whether it does; what a person says of the other is no help.
         return f"the hypervisor's word on process {row.process or 'of the guest'}{because}", (
             "look at that process, and open this host again when the hypervisor answers"
         )
@@ -179,9 +199,33 @@ def ask_journal(path: Path, question: Paper, asker: Side, testimony: str) -> Pap
     row = next(
         (row for row in contents.rows if (row.side, row.migration_id) == (side, question.migration_id)), None
     )
-    given = admit_question(row, question) if side is Side.DESTINATION else admit_inquiry(row, question)
-    if row is None or isinstance(given, PaperKind):
-        return replace(question, kind=given if isinstance(given, PaperKind) else PaperKind.UNKNOWN, reason="")
+    if row is None or isinstance(_admit(row, question), PaperKind):
+        return replace(question, kind=PaperKind.UNKNOWN, reason="")
+    if row.record.decided or not contents.marked:
+        # Without a mark no program has it open.
+        return _let_decide(row, question, path, None, testimony)
+    with closing(Journal.open(path)) as journal:
+        # INVARIANT: the row is read again under the lock: a program that had the journal open may have decided since.
+        now = journal.read(side, question.migration_id)
+        if now is None:
+            raise JournalError(f"the journal {path} was replaced while it was read: bring it again")
+        return _let_decide(now, question, path, journal, testimony)
+
+
+def _admit(row: MigrationRow, question: Paper) -> Input | PaperKind:
+    return admit_question(row, question) if row.side is Side.DESTINATION else admit_inquiry(row, question)
+
+
+def _let_decide(
+    row: MigrationRow, question: Paper, path: Path, journal: Journal | None, testimony: str
+) -> Paper:
+    """Let a row's rules decide where it is undecided, and answer.
+
+    :param journal: where the decision is written; None where nothing may be.
+    """
+    given = _admit(row, question)
+    if isinstance(given, PaperKind):
+        return replace(question, kind=given, reason="")
     state = fall_back(row.record)
     if not row.record.decided:
         found = recover(row, Evidence(guest=GuestEvidence.GONE))
@@ -190,17 +234,15 @@ def ask_journal(path: Path, question: Paper, asker: Side, testimony: str) -> Pap
             raise JournalError(f"the journal {path} does not decide migration {row.migration_id}")
         state = step.state
         if step.record is not None:
-            if not contents.marked:
+            if journal is None:
                 raise JournalError(
                     f"the journal {path} is undecided, and without its mark nobody can tell whether it is the newest:"
                     " bring the mark too"
                 )
-            row = replace(row, record=step.record, settled=False, testimony=testimony)
-            with closing(Journal.open(path)) as journal:
-                row = journal.write_now(row)
+            row = journal.write_now(replace(row, record=step.record, settled=False, testimony=testimony))
     answer = TABLE[state, given].answer
     assert answer is not None
     return row.paper(answer)
 
 
-__all__ = ["Resolution", "Testimony", "ask_journal", "describe"]
+__all__ = ["Resolution", "Testimony", "ask_journal", "describe", "printable"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -13,6 +14,9 @@ def main() -> None:
         sys.exit("ferryman: the command line needs click: pip install 'ferryman[cli]'")
     from ferryman.cli.commands import ferryman
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is no reason to fail after something was done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     ferryman(prog_name="ferryman")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ferryman.errors import FerrymanError
+from ferryman.errors import FerrymanError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +64,8 @@ def resolve(
     """
     if only_list and (journal or lost):
         raise click.UsageError("--list brings no evidence")
+    if migration is not None and re.fullmatch("[0-9a-f]{32}", migration) is None:
+        raise click.UsageError("--migration is an id of 32 hexadecimal digits, as --list shows it")
     testimony = _testimony(journal, lost=lost, who=who)
     if lost and not yes:
         click.confirm(
@@ -73,7 +76,10 @@ def resolve(
     try:
         found = _resolve(uri, migration, testimony, only_list=only_list)
     except FerrymanError as error:
-        click.echo(f"ferryman: {error} [{error.code}]", err=True)
+        from ferryman.resolve import printable
+
+        text = "\n".join(printable(line) for line in str(error).splitlines())
+        click.echo(f"ferryman: {text} [{error.code}]", err=True)
         sys.exit(FAILED)
     _print(found, as_json=as_json)
     if any(not resolution.settled for resolution in found):
@@ -89,10 +95,19 @@ def _testimony(journal: Path | None, *, lost: bool, who: str | None) -> Testimon
         return None
     if journal is not None and lost:
         raise click.UsageError("bring --journal or --lost, not both")
-    name = who if who is not None else os.environ.get("SUDO_USER") or getpass.getuser()
-    if not name.strip():
-        raise click.UsageError("--who is empty")
-    return Testimony(who=name, journal=journal, lost=lost)
+    try:
+        return Testimony(who=who if who is not None else _caller(), journal=journal, lost=lost)
+    except OptionError as error:
+        raise click.UsageError(f"--{error.option}: {error.message}") from error
+
+
+def _caller() -> str:
+    """Who calls, by the best name that there is."""
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # no table knows this user
+        name = ""
+    return name if name.strip() else f"user id {os.getuid()}"
 
 
 def _resolve(
@@ -102,7 +117,10 @@ def _resolve(
 
     with connect(uri) as host:
         if only_list:
-            return [r for r in host.in_doubt() if migration in (None, r.migration_id)]
+            found = [r for r in host.in_doubt() if migration in (None, r.migration_id)]
+            if found or migration is None:
+                return found
+        # One that is not open has a verdict already, or is not known here.
         return host.resolve(migration, testimony)
 
 
