@@ -25,16 +25,15 @@ from ferryman.errors import (
     DomainBusyError,
     DomainNotFoundError,
     DomainStateError,
-    DriverContractError,
     FerrymanError,
     FinishError,
     HypervisorError,
-    InDoubtError,
     JournalError,
     MigrationNotFoundError,
     MigrationURIMissingError,
     OptionError,
     PaperError,
+    PerformError,
 )
 from ferryman.handover import (
     TABLE,
@@ -832,13 +831,14 @@ class Host:
                 if run.abort_asked:
                     scope.cancel()
                 run.transfer_reply = await self._hooks.call("migrate_perform", request, PerformReply)
-        except (InDoubtError, DriverContractError) as error:
-            run.failure = error
-            return None
-        except FerrymanError as error:
+        except PerformError as error:
             run.failure = error
             run.row = replace(run.row, reason=str(error))
             return Input.STAYED
+        except FerrymanError as error:
+            # Only the error above says that the guest stays: look, and ask.
+            run.failure = error
+            return None
         except anyio.get_cancelled_exc_class():
             run.row = replace(run.row, reason="aborted")
             with anyio.CancelScope(shield=True):

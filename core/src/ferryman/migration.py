@@ -383,7 +383,7 @@ class MigrationJob:
             if prepared is not None:
                 await self._cancel_destination(plan, prepared.cookie)
             self._rolled_back.append("the destination released its reservation")
-            await plan.source.host.give_up(begun.id)
+            await self._give_up(plan, begun.id)
             self._rolled_back.append("the source unlocked the domain")
             raise
         assert prepared is not None
@@ -401,12 +401,10 @@ class MigrationJob:
                 if performed.kind is not PaperKind.PROOF:
                     told = performed.error
                     outcome.code = told.code if told is not None else MigrationAbortedError.code
-        except FerrymanError:
-            # No proof was given: an abort came first, the journal refused, or resuming failed and is tried again.
-            await self._cancel_destination(plan, prepared.cookie)
-            await plan.source.host.give_up(begun.id)
-            self._check_abort(Phase.PERFORM, Side.SOURCE)
-            raise
+        except FerrymanError as error:
+            # An abort came first, the journal refused, resuming failed and is tried again; or the source cannot be
+            # heard any more, and may have given its proof. Only the destination's word tells.
+            return await self._perform_unheard(plan, begun, prepared, error)
         if performed.kind is PaperKind.PROOF:
             return performed
         finished = await self._cancel_destination(plan, performed.cookie)
@@ -417,13 +415,41 @@ class MigrationJob:
             raise self._failure(Phase.PERFORM, Side.SOURCE, performed.error, GuestState.SOURCE)
         return await self._perform_lost(plan, performed, finished)
 
+    async def _perform_unheard(
+        self, plan: Plan, begun: Begun, prepared: Prepared, error: FerrymanError
+    ) -> Performed:
+        finished = await self._cancel_destination(plan, prepared.cookie)
+        await self._give_up(plan, begun.id)
+        if finished is not None and finished.kind is PaperKind.CLAIM:
+            return Performed(
+                kind=PaperKind.ASK,
+                cookie=_with_kind(prepared.cookie, PaperKind.ASK),
+                statistics=TransferStatistics(),
+                error=error,
+            )
+        if finished is None or finished.kind is not PaperKind.REFUSAL:
+            raise self._in_doubt(Phase.PERFORM, finished.reason if finished else "") from error
+        # The refusal is durable: whatever the source has done, the guest stays there.
+        self._check_abort(Phase.PERFORM, Side.SOURCE)
+        raise self._failure(Phase.PERFORM, Side.SOURCE, error, GuestState.SOURCE)
+
+    async def _give_up(self, plan: Plan, migration_id: MigrationId) -> None:
+        """Let the source unlock the domain; its lease does the same when it cannot be reached."""
+        try:
+            await plan.source.host.give_up(migration_id)
+        except FerrymanError as error:
+            _log.warning("the source could not be told to unlock the domain, its lease will: %s", error)
+
     async def _perform_lost(self, plan: Plan, performed: Performed, finished: Finished | None) -> Performed:
         """Nobody at the source can tell what became of the transfer: only the destination's word settles it."""
         if finished is not None and finished.kind is PaperKind.CLAIM:
             return performed
         if finished is None or finished.kind is not PaperKind.REFUSAL:
             raise self._in_doubt(Phase.PERFORM, finished.reason if finished else "") from performed.error
-        confirmed = await plan.source.host.confirm(finished.cookie)
+        try:
+            confirmed = await plan.source.host.confirm(finished.cookie)
+        except FerrymanError as error:
+            raise self._failure(Phase.PERFORM, Side.SOURCE, error, GuestState.SOURCE) from error
         if confirmed.guest_gone:
             raise GuestLostError(
                 "the guest's process ended during the transfer, before the destination had the whole guest",

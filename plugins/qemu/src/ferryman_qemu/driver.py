@@ -89,7 +89,14 @@ from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, Mon
 from ferryman_qemu.probe import Emulator, dotted, find_emulator, host_cpu, probe
 from ferryman_qemu.process import boot_id
 from ferryman_qemu.root import GuestRecord, Root, RunDirectory, root_of
-from ferryman_qemu.transfer import Transfer, capabilities, parameters, settle_source, statistics_of
+from ferryman_qemu.transfer import (
+    Transfer,
+    break_stream,
+    capabilities,
+    parameters,
+    settle_source,
+    statistics_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -675,7 +682,7 @@ class QemuDriver:
         if guest is None:
             return
         with guest.control.events("MIGRATION") as events:
-            await guest.command("migrate_cancel")
+            await break_stream(guest)
             with anyio.move_on_after(_CANCEL_PATIENCE_S):
                 while (await guest.command("query-migrate")).get("status") in _ACTIVE:
                     await events.get()
@@ -697,10 +704,10 @@ class QemuDriver:
     async def _runs(self, guest: Guest) -> bool:
         try:
             return await guest.run_state() == "running"
-        except HypervisorError as error:
+        except HypervisorError:
             if await guest.is_ending():
                 return False
-            raise error
+            raise
 
     @hookimpl
     async def migrate_evidence(self, request: EvidenceRequest) -> Evidence:

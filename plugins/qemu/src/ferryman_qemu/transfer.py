@@ -7,8 +7,10 @@ Proof of stop
     ``completed`` of this attempt *and* the run state ``finish-migrate`` or ``postmigrate``.  Neither alone proves
     anything: QEMU resumes a source by itself when its stream breaks before completion.
 Abort
-    ``migrate_cancel`` before the guest is stopped.  From then on QEMU's main loop may be silent until the stream
-    moves, so the stream is broken out of band (``yank``); QEMU then fails the migration and resumes the guest itself.
+    The stream is broken out of band (``yank``), since QEMU's main loop may be silent at the end until the stream moves;
+    QEMU then fails the migration and resumes the guest itself.  Never ``migrate_cancel``: where it comes while the
+    guest is being stopped, QEMU 7.2 resumes the guest on disks that it has given up, and aborts at the next write
+    (``migration_completion`` takes them back only in the states ``active`` and ``device``).
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ _log = logging.getLogger(__name__)
 DEFAULT_DOWNTIME_MS = 300
 """QEMU's own default of ``downtime-limit``; set each time, since an earlier migration may have left another."""
 
-_CANCEL_PATIENCE_S = 1.0
 _END_PATIENCE_S = 30.0
 _SAMPLE_S = 0.25
 _CONNECT_S = 10.0
@@ -84,7 +85,8 @@ class Transfer:
     async def run(self) -> PerformReply:
         """Send, and return with the proof of stop.
 
-        :raises PerformError: the guest is here as before. :raises InDoubtError: QEMU died or fell silent.
+        :raises PerformError: the guest is here as before.
+        :raises InDoubtError: QEMU died or fell silent. :raises HypervisorError: the same, after the transfer's end.
         :cancellation: aborts; returns all the same when it is too late for that.
         """
         try:
@@ -180,21 +182,7 @@ class Transfer:
 
     async def _abort(self, events: EventStream) -> str:
         """End the transfer at any moment, and say how it ended."""
-        if self._stopped_at is None or not self._was_running:
-            with anyio.move_on_after(_CANCEL_PATIENCE_S):
-                try:
-                    await self._guest.control.execute("migrate_cancel", timeout_s=_CANCEL_PATIENCE_S)
-                except MonitorClosedError:
-                    raise
-                except MonitorError as error:
-                    _log.info("migrate_cancel was not answered: %s", error)
-                return await self._wait_end(events)
-        try:
-            await self._guest.control.execute_oob("yank", {"instances": [{"type": "migration"}]})
-        except MonitorClosedError:
-            raise
-        except MonitorError as error:
-            _log.warning("the stream could not be broken out of band: %s", error)
+        await break_stream(self._guest)
         with anyio.move_on_after(_END_PATIENCE_S):
             return await self._wait_end(events)
         raise InDoubtError(
@@ -204,11 +192,8 @@ class Transfer:
         )
 
     async def _reason(self) -> str:
-        try:
-            await settle_source(self._guest)
-            info = await self._guest.command("query-migrate")
-        except HypervisorError as error:
-            return error.message
+        await settle_source(self._guest)
+        info = await self._guest.command("query-migrate")
         return str(info.get("error-desc") or f"the stream to {self._request.migration_uri} broke")
 
     def _failed(self, reason: str) -> PerformError:
@@ -231,6 +216,20 @@ class Transfer:
                     _log.info("the transfer's counters could not be read: %s", error)
                     return
                 self._request.progress(statistics_of(info))
+
+
+async def break_stream(guest: Guest) -> None:
+    """Break a source's stream, out of band; QEMU then fails the migration and resumes the guest by itself.
+
+    :raises MonitorClosedError: the process is gone.
+    """
+    try:
+        await guest.control.execute_oob("yank", {"instances": [{"type": "migration"}]})
+    except MonitorClosedError:
+        raise
+    except MonitorError as error:
+        # There is none where the transfer has just ended.
+        _log.info("the stream of domain %s could not be broken: %s", guest.record.name, error)
 
 
 async def settle_source(guest: Guest) -> str:
