@@ -110,7 +110,7 @@ STAGES = {
     "test": Stage(groups=("test",), programs=_TEST_PROGRAMS, kernel=True),
     "bench": Stage(groups=("test",), programs=_BENCH_PROGRAMS, kernel=True),
     "check": Stage(groups=("check",), programs=_TEST_PROGRAMS, kernel=True),
-    "docs": Stage(groups=("docs", "build")),
+    "docs": Stage(groups=("docs", "build"), programs=(Program(package="graphviz", name="dot"),)),
 }
 
 

@@ -68,7 +68,7 @@ def explore(
     """
     rules, begin_s = Rules(protocol, bounds), time.monotonic()
     start = begin_world(bounds)
-    found, succeeded = Found(), False
+    found, succeeded, switched = Found(), False, not bounds.postcopy
     came_from: dict[World, tuple[World, Words] | None] = {start: None}
     healed: set[World] = set()
     queue = deque([(start, 0)])
@@ -76,6 +76,7 @@ def explore(
         world, depth = queue.popleft()
         found.depth = max(found.depth, depth)
         succeeded = succeeded or any(migration.ran for migration in world.migrations)
+        switched = switched or any(process.transfer == "switched" for process in world.processes)
         last: Words | None = _HEALED
         try:
             if heal:
@@ -94,6 +95,8 @@ def explore(
     found.complete = not queue and not found.violation
     if found.complete and not succeeded:
         found.violation = "no migration can succeed"
+    elif found.complete and not switched:
+        found.violation = "no transfer can be switched to post-copy"
     return found
 
 

@@ -199,6 +199,7 @@ def generated() -> Iterator[Mutant]:
     yield from _orders()
     yield from _omissions()
     yield from _opposites()
+    yield from _timeouts()
     yield from _presumptions()
     yield from _decisions()
     yield from _answers()
@@ -229,7 +230,9 @@ def _writes() -> Iterator[Mutant]:
             key: replace(TABLE[key], record=None) for key in keys
         }
         yield Mutant(name=f"{record.value} is not written", protocol=_with(unwritten), bounds=bounds)
-        late = frozenset(key for key in keys if TABLE[key].actions[:1] not in ((), (Action.SETTLE,)))
+        late = frozenset(
+            key for key in keys if TABLE[key].actions[:1] not in ((), (Action.SETTLE,)) and key not in _EMPTY
+        )
         if late:
             name = f"{record.value} is written after what it allows"
             yield Mutant(name=name, protocol=_with({}, late=late), bounds=bounds)
@@ -238,11 +241,10 @@ def _writes() -> Iterator[Mutant]:
 def _orders() -> Iterator[Mutant]:
     """The last actions of a decision are done in the other order."""
     for record in Record:
-        keys = [
-            key for key, step in TABLE.items() if step.state.value == record.value and len(step.actions) > 1
-        ]
         turned: dict[tuple[State, Input], Step | None] = {
-            key: replace(TABLE[key], actions=TABLE[key].actions[::-1]) for key in keys
+            key: replace(step, actions=step.actions[::-1])
+            for key, step in TABLE.items()
+            if step.state.value == record.value and len(step.actions) > 1 and key not in _EMPTY
         }
         if turned:
             yield Mutant(
@@ -282,7 +284,7 @@ def _opposites() -> Iterator[Mutant]:
     """A step does the opposite of one of its actions."""
     for (state, given), step in TABLE.items():
         opposite = _OPPOSITES.get(step.actions[0]) if step.actions else None
-        if opposite is None or given is Input.WRITTEN_OFF or (state, given) in _UNREACHED:
+        if opposite is None or given is Input.WRITTEN_OFF or (state, given) in _UNREACHED | _EMPTY:
             continue
         yield Mutant(
             name=f"a side that is {state.value} does {opposite.value} on {given.value}",
@@ -299,6 +301,37 @@ _UNREACHED = frozenset(
         (State.PLEDGED, Input.RAN),
     }
 )
+
+
+_EMPTY = frozenset(
+    {
+        # There is no process, so that nothing can be done to it, right or wrong.
+        (State.PREPARING, Input.RECEIVER_FAILED),
+        (State.NEVER_PREPARED, Input.RESTART),
+        (State.PLEDGED, Input.NEVER_RAN),
+        (State.BEREFT, Input.CLAIM),
+        (State.BEREFT, Input.REFUSAL),
+    }
+)
+
+
+def _timeouts() -> Iterator[Mutant]:
+    """A side decides because time has passed."""
+    for state, decisions in (
+        (State.STOPPED, {"keeps": _KEEP, "lets go": _LET_GO}),
+        (State.SWITCHED, {"keeps": _KEEP, "lets go": _LET_GO}),
+        (State.SILENT, {"keeps": _KEEP, "lets go": _LET_GO}),
+        (State.BEREFT, {"keeps": _KEEP, "lets go": _LET_GO}),
+        (State.PREPARED, {"claims": _CLAIM, "runs the guest": _RUN}),
+        (State.PLEDGED, {"refuses": _REFUSE, "claims": _CLAIM, "runs the guest": _RUN}),
+        (State.CLAIMING, {"refuses": _REFUSE, "claims": _CLAIM}),
+    ):
+        for words, step in decisions.items():
+            yield Mutant(
+                name=f"a side that is {state.value} {words} when time has passed",
+                protocol=_with({(state, Input.RESTART): step}),
+                bounds=_where(state, Input.RESTART),
+            )
 
 
 def _presumptions() -> Iterator[Mutant]:
@@ -504,10 +537,11 @@ SURVIVORS: dict[str, str] = {
     "kept is written after what it allows": _EVIDENCE,
     "given is written after what it allows": _EVIDENCE,
     "claimed is written after what it allows": _EVIDENCE,
-    "never-prepared is written after what it allows": _SWEPT,
     "what follows refused is done in the other order": _SWEPT,
-    "what follows never-prepared is done in the other order": _SWEPT,
     "what follows claimed is done in the other order": "a guest that runs and that no open row names is taken in",
+    "handing with the guest stopped, transfer active is taken for stayed": (
+        "a hypervisor refuses to resume before its transfer has ended, and it is tried again then"
+    ),
     "handing with the guest stopped, transfer completed is taken for switched": (
         "serving pages where none are left to be sent is nothing"
     ),

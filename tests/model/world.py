@@ -177,6 +177,8 @@ class World(NamedTuple):
     processes: tuple[Process, ...]
     slips: frozenset[Slip]
     migrations: tuple[Migration, ...]
+    killed: bool
+    """Whether a fault has ended a receiver that was whole."""
     excuse: str
     """Which stated limit, or which fault, has destroyed the only copy that anybody may run; '' for none."""
 
@@ -226,6 +228,7 @@ def begin_world(bounds: Bounds) -> World:
         ),
         slips=frozenset(),
         migrations=(),
+        killed=False,
         excuse="",
     )
 
@@ -521,7 +524,7 @@ class Rules:
             given = Input.UNCLEAR if run.state is State.HANDING else None
         if given is None:
             return _with_run(world, host, run._replace(todo=()))
-        if record is Record.CLAIMING and guest is GuestEvidence.GONE and given is Input.RAN:
+        if record is Record.CLAIMING and guest is GuestEvidence.GONE and given is Input.RAN and world.killed:
             # HANDOVER, limit 1: it may have run, so nobody may run an older copy any more.
             excuse = "" if world.migrations[run.migration].ran else "nobody can tell whether it had run"
             world = world._replace(excuse=world.excuse or excuse)
@@ -531,6 +534,9 @@ class Rules:
         """What a side does by itself when it has heard nothing for the length of its lease."""
         words = Words(_name(host), f"waited long enough ({run.state.value})")
         match run.state:
+            case _ if (run.state, Input.RESTART) in self.protocol.table and not _decided(run.state):
+                # The shipped table has no such entry: nobody decides because time has passed.
+                yield words, self.feed(world, host, run, Input.RESTART)
             case State.PREPARED:
                 yield words, self.feed(world, host, run, Input.CANCEL)
             case State.BEGUN:
@@ -889,7 +895,7 @@ class Rules:
     def kill(self, world: World, process: Process) -> World:
         """A process is killed; ``excuse`` says what that takes with it."""
         other = _other_half(world, process)
-        killed = _without(world, process)
+        killed = _without(world, process)._replace(killed=world.killed or process.status == "whole")
         if other is not None:
             # HANDOVER, limit 3: each half of a switched guest needs the other.
             lost = world.excuse or "post-copy: one half of the guest was lost"

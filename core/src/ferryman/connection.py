@@ -45,6 +45,7 @@ from ferryman.uri import ConnectionURI
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from types import TracebackType
 
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectSendStream
@@ -238,7 +239,8 @@ class Connection:
         :raises JournalError: the journal that was brought cannot be used. :raises HostBusyError: it is in use.
         :cancellation: between two steps; what was decided stays.
         """
-        return await self.host.resolve(MigrationId(migration_id) if migration_id else None, testimony)
+        found = MigrationId(migration_id) if migration_id is not None else None
+        return await self.host.resolve(found, testimony)
 
     async def hook_lookup(self, request: LookupRequest) -> DomainInfo:
         """Find a domain through the driver, or make the default handle that ``hookspecs`` documents."""
@@ -341,7 +343,21 @@ class Domain:
 
 
 async def _enter_tasks(stack: AsyncExitStack) -> TaskGroup:
-    tasks = await stack.enter_async_context(anyio.create_task_group())
+    tasks = anyio.create_task_group()
+    await tasks.__aenter__()
+
+    async def leave(
+        kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        try:
+            return await tasks.__aexit__(kind, error, trace)
+        except BaseException as raised:
+            # The exit stack would make an exception that comes back its own context, over which anyio loops for ever.
+            if raised is error:
+                return False
+            raise
+
+    stack.push_async_exit(leave)
     stack.callback(tasks.cancel_scope.cancel)
     return tasks
 

@@ -259,6 +259,8 @@ class _Run:
     sending: anyio.Event = field(default_factory=anyio.Event)
     """Set when the transfer begins, and when it will never begin."""
     adopted: bool = True
+    recovered: bool = False
+    """It was open when the host was opened, so nobody drives it."""
     abort_asked: bool = False
     done: bool = False
 
@@ -324,7 +326,7 @@ class Host:
         """
         self._start(self._watch_leases)
         for row in self._journal.open_rows():
-            run = _Run(side=row.side, state=fall_back(row.record), row=row)
+            run = _Run(side=row.side, state=fall_back(row.record), row=row, recovered=True)
             self._runs[row.side, row.migration_id] = run
             try:
                 async with run.lock:
@@ -336,6 +338,7 @@ class Host:
                     row.name,
                     error,
                 )
+            if not run.done and run.state not in _QUESTIONS:
                 self._lease(run)
             if not run.done and run.state in _QUESTIONS:
                 self._start(lambda run=run: self._ask_until_answered(run))  # type: ignore[misc]
@@ -956,7 +959,7 @@ class Host:
             side=run.side,
             process=run.row.process,
         )
-        return await self._hooks.call("migrate_evidence", request, Evidence)
+        return await self._limited(run, "migrate_evidence", request, Evidence)
 
     async def _look(self, run: _Run) -> Input | None:
         return recover(run.row, await self._evidence(run))
@@ -1023,7 +1026,7 @@ class Host:
         rows = [row for side in Side if (row := self._journal.read(side, migration_id)) is not None]
         if not rows:
             raise MigrationNotFoundError(f"no migration {migration_id} is known here")
-        return [describe(row, fall_back(row.record), settled=True) for row in rows]
+        return [describe(row, fall_back(row.record), settled=row.record.decided) for row in rows]
 
     async def _resolve(self, run: _Run, testimony: Testimony | None) -> Resolution:
         if _under_way(run):
@@ -1037,35 +1040,50 @@ class Host:
             trouble = f"no answer within {run.options.patience_s:g} s"
         except FerrymanError as error:
             trouble = error.message
-        if not run.done and testimony is not None:
-            answered = await self._testify(run, testimony)
+        # Whoever has just answered that it is still deciding is not lost.
+        if not run.done and testimony is not None and not (testimony.lost and answered is PaperKind.PENDING):
+            answered, trouble = await self._testify(run, testimony, answered, trouble)
         return describe(run.row, run.state, settled=run.done, answered=answered, trouble=trouble)
 
-    async def _testify(self, run: _Run, testimony: Testimony) -> PaperKind | None:
+    async def _testify(
+        self, run: _Run, testimony: Testimony, answered: PaperKind | None, trouble: str
+    ) -> tuple[PaperKind | None, str]:
         """Act on what a person brings.
 
-        :returns: what the journal that was brought answers.
+        :returns: what the journal that was brought answers, or what was known before; and what went wrong.
         """
         note = testimony.note()
         if testimony.journal is not None:
             if run.state not in _QUESTIONS:
-                return None  # it is this host's hypervisor that has not answered
+                return answered, trouble  # it is this host's hypervisor that has not answered
             question = run.row.paper(_QUESTIONS[run.state])
             answer = await anyio.to_thread.run_sync(ask_journal, testimony.journal, question, run.side, note)
+            before = run.row.testimony
             run.row = replace(run.row, testimony=note)
             cookie = encode_cookie(Cookie(paper=answer, address=run.row.peer_address))
-            await (self.confirm(cookie) if run.side is Side.SOURCE else self.decide(cookie))
-            return answer.kind
+            trouble = ""
+            try:
+                await (self.confirm(cookie) if run.side is Side.SOURCE else self.decide(cookie))
+            except FerrymanError as error:
+                trouble = error.message
+            if not run.row.record.decided:
+                run.row = replace(run.row, testimony=before)
+            return answer.kind, trouble
         with anyio.CancelScope(shield=True):
             async with run.lock:
                 await self._refresh(run)
-                if run.done or (run.state, Input.WRITTEN_OFF) not in TABLE:
-                    return None
+                # A source that may have resumed by itself is not destroyed while its hypervisor can still be heard.
+                silent = run.state is State.SILENT and self._hooks.has("migrate_evidence")
+                if run.done or silent or (run.state, Input.WRITTEN_OFF) not in TABLE:
+                    return answered, trouble
                 # The definition stays, whatever was asked for: it is all that is left of the guest.
                 kept = tuple(pair for pair in run.row.extra if pair[0] != "undefine")
                 run.row = replace(run.row, testimony=note, extra=kept)
-                await self._feed(run, Input.WRITTEN_OFF)
-        return None
+                try:
+                    await self._feed(run, Input.WRITTEN_OFF)
+                except FerrymanError as error:
+                    return answered, error.message
+        return answered, ""
 
     def _open(self) -> list[_Run]:
         return [run for run in self._runs.values() if not run.done]
@@ -1162,7 +1180,7 @@ class Host:
             with anyio.CancelScope(shield=True):
                 await self._refresh(run)
                 match run.state:
-                    case State.PREPARED | State.BEGUN:
+                    case State.PREPARED | State.BEGUN if not run.recovered:
                         run.row = replace(
                             run.row, reason="the caller was not heard of for the length of the lease"
                         )
@@ -1196,12 +1214,8 @@ class Host:
 
 def _under_way(run: _Run) -> bool:
     """Whether somebody still drives it; its lease ends it otherwise."""
-    return run.transfer is not None or run.state in (
-        State.ABSENT,
-        State.BEGUN,
-        State.PREPARING,
-        State.PREPARED,
-    )
+    driven = (State.ABSENT, State.BEGUN, State.PREPARING, State.PREPARED)
+    return run.transfer is not None or (run.state in driven and not run.recovered)
 
 
 def _flags(**flags: bool) -> tuple[tuple[str, str], ...]:

@@ -170,7 +170,7 @@ class Connection:
 
     def in_doubt(self) -> list[Resolution]:
         """See :meth:`ferryman.connection.Connection.in_doubt`."""
-        return self._connection.in_doubt()
+        return self._call(partial(_in_loop, self._connection.in_doubt))
 
     def resolve(
         self, migration_id: str | None = None, testimony: Testimony | None = None
@@ -180,7 +180,7 @@ class Connection:
 
     def open_migrations(self) -> list[MigrationRow]:
         """See :meth:`ferryman.connection.Connection.open_migrations`."""
-        return self._connection.open_migrations()
+        return self._call(partial(_in_loop, self._connection.open_migrations))
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
         if self._portal is None:

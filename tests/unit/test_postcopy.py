@@ -1,0 +1,254 @@
+"""The handover's part of post-copy: two engines, real journals, and a hypervisor that only notes what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import pytest
+
+from ferryman.engine import Begun, Endpoint, Host, Performed, Prepared
+from ferryman.errors import ConnectError, DomainStateError, PaperError, PerformError
+from ferryman.handover import Cookie, PaperKind, Record, decode_cookie, encode_cookie
+from ferryman.hookspecs import BeginReply, ConfirmReply, PerformReply, PrepareReply, Verdict
+from ferryman.journal import Journal
+from ferryman.registry import Hooks
+from ferryman.resolve import Testimony as Evidenced
+from ferryman.types import (
+    DomainInfo,
+    DomainState,
+    DomainUUID,
+    Evidence,
+    GuestEvidence,
+    MigrationOptions,
+    Side,
+    TransferEvidence,
+    TransferStatistics,
+)
+
+INFO = DomainInfo(
+    name="web",
+    uuid=DomainUUID("00000000-0000-4000-8000-000000000001"),
+    state=DomainState.RUNNING,
+    persistent=False,
+    memory_bytes=0,
+    vcpus=1,
+)
+OPTIONS = MigrationOptions(migration_uri="tcp://127.0.0.1:1", patience_s=2.0, lease_s=60.0)
+
+
+class Hypervisor:
+    """Takes every command, and notes it."""
+
+    distribution = "note-taking"
+    observed = False
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.switched = anyio.Event()
+        self.every_page = anyio.Event()
+        self.end: PerformReply | PerformError = PerformReply(statistics=TransferStatistics(), switched=True)
+        self.evidence = Evidence(guest=GuestEvidence.STOPPED, transfer=TransferEvidence.SWITCHED)
+
+    def has(self, hook: str) -> bool:
+        return hook not in ("migrate_expect", "migrate_adopt", "domain_definition")
+
+    async def call(self, hook: str, request: Any, _expects: type[Any]) -> Any:
+        self.told.append(hook)
+        match hook:
+            case "migrate_begin":
+                return BeginReply(definition="<domain/>", paused=False, process="source")
+            case "migrate_prepare":
+                return PrepareReply(process="receiver")
+            case "migrate_tune":
+                assert request.tuning.postcopy
+                self.switched.set()
+            case "migrate_perform":
+                await self.switched.wait()
+                if isinstance(self.end, PerformError):
+                    raise self.end
+                return self.end
+            case "migrate_serve":
+                await self.every_page.wait()
+            case "migrate_finish":
+                self.told.append(request.verdict.value)
+            case "migrate_confirm":
+                self.told.append(request.verdict.value)
+                return ConfirmReply()
+            case "migrate_evidence":
+                return self.evidence
+        return None
+
+
+class End:
+    """One host of the two; it asks the other while that is reachable."""
+
+    def __init__(self, journal: Journal, address: str, tasks: Any) -> None:
+        self.hypervisor = Hypervisor()
+        self.peer: End | None = None
+
+        async def ask(_address: str, question: Callable[[Endpoint], Awaitable[None]]) -> None:
+            if self.peer is None:
+                raise ConnectError("the other host is away")
+            await question(self.peer.host)
+
+        def start(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+            tasks.start_soon(body)
+
+        self.journal = journal
+        self.host = Host(cast("Hooks", self.hypervisor), journal, address=address, peer=ask, start=start)
+
+    def record(self, side: Side, begun: Begun) -> Record | None:
+        row = self.journal.read(side, begun.id)
+        return row.record if row is not None else None
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@asynccontextmanager
+async def two(directory: Path) -> AsyncIterator[tuple[End, End]]:
+    with ExitStack() as stack:
+        journals = [stack.enter_context(closing(Journal.open(directory / name))) for name in "ab"]
+        async with anyio.create_task_group() as tasks:
+            ends = [End(journal, f"note:///{journal.path.name}", tasks) for journal in journals]
+            ends[0].peer, ends[1].peer = ends[1], ends[0]
+            for end in ends:
+                await end.host.recover()
+            yield ends[0], ends[1]
+            tasks.cancel_scope.cancel()
+
+
+async def prepared(a: End, b: End) -> tuple[Begun, Prepared]:
+    begun = await a.host.begin(INFO, OPTIONS)
+    receipt = await b.host.prepare(begun.cookie, INFO, begun.definition, OPTIONS, paused=False)
+    return begun, receipt
+
+
+def with_kind(cookie: bytes, kind: PaperKind) -> bytes:
+    read = decode_cookie(cookie)
+    return encode_cookie(Cookie(paper=replace(read.paper, kind=kind), address=read.address))
+
+
+async def perform(a: End, receipt: Prepared, done: list[Performed]) -> None:
+    done.append(await a.host.perform(receipt.cookie, receipt.migration_uri, OPTIONS, lambda _: None))
+
+
+async def sending(a: End) -> None:
+    with anyio.fail_after(5):
+        while "migrate_perform" not in a.hypervisor.told:
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_a_switch_from_pledge_to_the_last_page(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, receipt = await prepared(a, b)
+        done: list[Performed] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(perform, a, receipt, done)
+            await sending(a)
+            pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+            assert pledge.kind is PaperKind.PLEDGE
+            assert b.record(Side.DESTINATION, begun) is Record.PLEDGED
+            await a.host.switch(pledge.cookie)
+        assert done[0].kind is PaperKind.PROOF
+        claimed = await b.host.decide(done[0].cookie)
+        assert claimed.kind is PaperKind.CLAIM
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(a.host.confirm, claimed.cookie)
+            with anyio.fail_after(5):
+                while "migrate_serve" not in a.hypervisor.told:
+                    await anyio.lowlevel.checkpoint()
+            # The decision is durable, and the half that the destination needs is still there.
+            assert a.record(Side.SOURCE, begun) is Record.GIVEN
+            assert Verdict.GIVEN.value not in a.hypervisor.told
+            a.hypervisor.every_page.set()
+        assert a.hypervisor.told[-1] == Verdict.GIVEN.value
+        assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+async def test_no_switch_without_a_pledge(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        _begun, receipt = await prepared(a, b)
+        done: list[Performed] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(perform, a, receipt, done)
+            await sending(a)
+            for kind in (PaperKind.RECEIPT, PaperKind.CLAIM, PaperKind.PENDING):
+                with pytest.raises(PaperError, match="no pledge"):
+                    await a.host.switch(with_kind(receipt.cookie, kind))
+            assert not a.hypervisor.switched.is_set()
+            pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+            await a.host.switch(pledge.cookie)
+        with pytest.raises(DomainStateError, match="nothing to switch"):
+            await a.host.switch(pledge.cookie)
+
+
+async def test_a_pledge_stands_against_a_caller_and_falls_with_the_source(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, receipt = await prepared(a, b)
+        a.hypervisor.end = PerformError("the stream broke")
+        done: list[Performed] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(perform, a, receipt, done)
+            await sending(a)
+            pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+            cancelled = await b.host.decide(with_kind(receipt.cookie, PaperKind.CANCEL))
+            assert cancelled.kind is PaperKind.PENDING
+            (doubt,) = await b.host.resolve(begun.id)
+            assert not doubt.settled
+            assert "has not decided yet" in doubt.missing
+            await a.host.switch(pledge.cookie)
+        assert done[0].kind is PaperKind.KEPT
+        # Nobody brings the paper: the destination asks, and the source says that there will be no proof.
+        (settled,) = await b.host.resolve(begun.id)
+        assert settled.settled
+        assert b.record(Side.DESTINATION, begun) is Record.REFUSED
+        assert b.hypervisor.told[-1] == Verdict.DISCARD.value
+
+
+async def test_a_source_that_never_performed_is_asked_with_a_receipt_that_it_has_not_seen(
+    tmp_path: Path,
+) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, receipt = await prepared(a, b)
+        await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+        await a.host.give_up(begun.id)
+        assert a.record(Side.SOURCE, begun) is Record.KEPT
+        (settled,) = await b.host.resolve(begun.id)
+        assert settled.settled
+        assert b.record(Side.DESTINATION, begun) is Record.REFUSED
+
+
+async def test_a_pledged_destination_whose_source_is_lost(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, receipt = await prepared(a, b)
+        await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+        b.peer = None
+        (doubt,) = await b.host.resolve(begun.id)
+        assert "the source's word" in doubt.missing
+        assert "away" in doubt.missing
+        (settled,) = await b.host.resolve(begun.id, Evidenced(who="alice", lost=True))
+        assert settled.settled
+        assert settled.testimony.startswith("alice, ")
+        assert b.record(Side.DESTINATION, begun) is Record.REFUSED
+
+
+async def test_questions_about_what_is_not_known(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        _begun, receipt = await prepared(a, b)
+        asked = decode_cookie(with_kind(receipt.cookie, PaperKind.ASK)).paper
+        for wrong in (
+            replace(asked, generation=7),
+            replace(asked, migration_id=type(asked.migration_id)("f" * 32)),
+        ):
+            answer = await a.host.inquire(encode_cookie(Cookie(paper=wrong)))
+            assert decode_cookie(answer).paper.kind is PaperKind.UNKNOWN
+        answer = await a.host.inquire(encode_cookie(Cookie(paper=asked)))
+        assert decode_cookie(answer).paper.kind is PaperKind.PENDING
