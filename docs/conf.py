@@ -63,9 +63,12 @@ def _write_table() -> None:
 
 
 def _write_diagram(name: str, first: Input) -> None:
-    """Draw one side's states from the table: what is written is in bold letters, what only repeats an answer is left out."""
+    """Draw one side's states: written ones in bold; what only repeats an answer is left out."""
     reached = {TABLE[State.ABSENT, first].state, State.ABSENT}
-    while more := {step.state for (state, _), step in TABLE.items() if state in reached - {State.ABSENT}} - reached:
+    while (
+        more := {step.state for (state, _), step in TABLE.items() if state in reached - {State.ABSENT}}
+        - reached
+    ):
         reached |= more
     durable = {record.value for record in Record}
     arrows: dict[tuple[str, str], list[str]] = {}

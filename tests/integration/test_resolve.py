@@ -33,8 +33,10 @@ from ferryman.errors import (
     OptionError,
 )
 from ferryman.handover import MigrationRow, PaperKind, Receipt, Record, decode_cookie, encode_cookie
+from ferryman.hookspecs import EvidenceRequest, hookimpl
 from ferryman.journal import Journal, read_journal
 from ferryman.testing import Fault, World
+from ferryman.testing.simulator import SimulatedDriver
 from ferryman.testing.world import Process, ProcessState
 from ferryman.types import DomainUUID, Evidence, GuestEvidence, Side, TransferEvidence
 from tests.simulated import NAME, UUID, definition, receivers, start, two_hosts
@@ -454,27 +456,27 @@ async def test_the_sources_hypervisor_fails(lab: World, monkeypatch: pytest.Monk
     assert running(lab) == ["alpha"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine.py, _look_and_ask: a shield without a limit around migrate_evidence"
-)
 async def test_the_sources_hypervisor_hangs(
     lab: World, away: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every wait ends by itself, this one with what is missing."""
     id = await prove(lab)
     away.add("beta")
-    quiet(monkeypatch, NOTHING, host="alpha")
     only_ask_when_told(monkeypatch)
     answers, hang_over = anyio.Event(), anyio.Event()
+    hangs = False
 
-    async def evidence(_host: Host, _run: Any) -> Evidence:
-        await hang_over.wait()
+    @hookimpl
+    async def migrate_evidence(_driver: SimulatedDriver, request: EvidenceRequest) -> Evidence:
+        if hangs:
+            await hang_over.wait()
         return NOTHING
 
+    monkeypatch.setattr(SimulatedDriver, "migrate_evidence", migrate_evidence)
     async with open_host(lab, "alpha") as alpha:
         (run,) = alpha.host._runs.values()
         run.options = replace(OPTIONS, patience_s=0.2)
-        monkeypatch.setattr(Host, "_evidence", evidence)
+        hangs = True
 
         async def resolve() -> None:
             assert_names_what_is_missing((await alpha.resolve(id))[0], side=Side.SOURCE)
@@ -489,7 +491,6 @@ async def test_the_sources_hypervisor_hangs(
     assert in_time
 
 
-@pytest.mark.xfail(strict=True, reason="engine.py, _known: a row that is neither open in memory nor decided")
 async def test_a_row_that_nobody_holds_is_not_settled(lab: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its write failed, as far as the program could see, and it is there: settled only by the next opening."""
     real = Journal.write_now
@@ -840,7 +841,6 @@ async def test_a_claim_whose_hypervisor_says_nothing(
     assert running(lab) == ["beta"]
 
 
-@pytest.mark.xfail(strict=True, reason="engine.py, _under_way: a row that was recovered counts as driven")
 @pytest.mark.parametrize("side", Side, ids=str)
 async def test_nobody_drives_what_was_recovered(
     lab: World, monkeypatch: pytest.MonkeyPatch, side: Side
@@ -863,9 +863,6 @@ async def test_nobody_drives_what_was_recovered(
         )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine.py, _resolve: the other end answered that it is deciding, and is written off"
-)
 async def test_what_answers_is_not_lost(lab: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The destination says that it is claiming; its claim may still fail, and then the guest belongs to the source."""
     id = await prove(lab)
@@ -880,9 +877,6 @@ async def test_what_answers_is_not_lost(lab: World, monkeypatch: pytest.MonkeyPa
         assert beta.open_migrations()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="handover.py, (SILENT, WRITTEN_OFF): a source that went on by itself is destroyed"
-)
 async def test_a_silent_source_that_runs_is_not_destroyed(
     lab: World, away: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -963,7 +957,6 @@ async def test_an_unknown_migration(
         assert guest(lab, "alpha").state is ProcessState.HANDED_OVER
 
 
-@pytest.mark.xfail(strict=True, reason="connection.py, resolve: an empty id is taken for None")
 async def test_an_empty_id_is_not_every_migration(lab: World, away: set[str]) -> None:
     """A script whose variable is unset must not destroy the only copy that is open."""
     await prove(lab)
@@ -1160,10 +1153,6 @@ def has_cycle(error: BaseException | None) -> bool:
     return False
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="connection.py, __aenter__ and __aexit__: closing while a cancellation is handled makes it its own context",
-)
 @pytest.mark.parametrize("moment", ["opening", "open"])
 def test_a_cancelled_connection_ends(lab: World, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Cancelled with a connection in a task of its own, as the background's questions are when a host is closed."""
@@ -1239,7 +1228,6 @@ async def test_the_decision_stands_and_its_actions_fail(
     assert running(lab) == ([] if brings == "lost" else ["alpha"])
 
 
-@pytest.mark.xfail(strict=True, reason="engine.py, _resolve: what fails in _testify is raised, not told")
 @pytest.mark.parametrize("brings", ["lost", "journal"])
 async def test_evidence_decides_and_its_actions_fail(lab: World, away: set[str], brings: str) -> None:
     """It was taken: the answer is where the migration stands, as without evidence."""
@@ -1314,7 +1302,6 @@ async def test_a_strange_path_is_kept_on_one_line(lab: World, away: set[str], tm
     assert rows(lab, "alpha")[id].testimony.isprintable()
 
 
-@pytest.mark.xfail(strict=True, reason="engine.py, _testify: what did not decide is kept as if it had")
 async def test_evidence_that_decided_nothing_is_not_kept(lab: World, away: set[str], tmp_path: Path) -> None:
     """A wrong journal is brought, and later the destination itself answers: Ann had no part in that."""
     id = await prove(lab)
