@@ -24,6 +24,7 @@ Every leaf has a ``code`` in kebab-case, and ``docs/errors/<code>.md`` says what
      +-- JournalError                 journal-unusable
      |    +-- JournalFullError        journal-full
      |    +-- JournalBehindError      journal-behind
+     +-- MigrationNotFoundError       migration-not-found
      +-- PaperError                   paper-invalid
      +-- MigrationError               (phase, side, domain, guest_state, rolled_back)
           +-- PlanBlockedError        plan-blocked

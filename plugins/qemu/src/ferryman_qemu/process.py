@@ -110,7 +110,9 @@ class Process:
         return found
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; to a process that is gone, nothing."""
+        """Send a signal; to a process that is gone, or that was let go, nothing."""
+        if self._pidfd < 0:
+            return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
