@@ -31,7 +31,8 @@ from tests.model.world import Bounds, Protocol
 Table = dict[tuple[State, Input], Step]
 
 QUICK = Bounds(silent=False)
-POSTCOPY = Bounds(silent=False, postcopy=True)
+POSTCOPY = Bounds(silent=False, postcopy=True, kill=False)
+DEADLY = Bounds(silent=False, postcopy=True, fail=False)
 SILENT = Bounds(kill=False)
 PERSON = Bounds(silent=False, person=True)
 TWICE = Bounds(migrations=2, crash_managers=False, kill=False, silent=False, fail=False)
@@ -215,7 +216,9 @@ def _where(state: State, given: Input) -> Bounds:
     """The world in which a state meets an input."""
     at_source = state in (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT)
     if state in _POSTCOPY_STATES or (at_source and given is Input.ASK):
-        return replace(POSTCOPY, silent=state is State.SILENT, fail=False)
+        if state is State.BEREFT or given in (Input.NO_PROOF, Input.NEVER_RAN):
+            return DEADLY
+        return replace(POSTCOPY, silent=state is State.SILENT)
     if given is Input.NO_PROOF:
         return Bounds(fail=False)
     return SILENT if state in (State.SILENT, State.CLAIMING) else QUICK
@@ -428,7 +431,7 @@ def _questions_misread() -> Iterator[Mutant]:
             yield Mutant(
                 name=f"a destination takes {kind.value} for {other.value}",
                 protocol=Protocol(admit_question=misread),
-                bounds=POSTCOPY,
+                bounds=DEADLY if kind is PaperKind.NO_PROOF else POSTCOPY,
             )
 
 
@@ -514,8 +517,14 @@ def _verdict_mutant(record: Record, guest: GuestEvidence, transfer: str, other: 
     yield Mutant(
         name=f"{record.value} with the guest {found} is taken for {other.value}",
         protocol=Protocol(recover=concludes),
-        bounds=POSTCOPY if "switched" in (transfer, other.value) or record is Record.PLEDGED else QUICK,
+        bounds=_world_of_verdict(record, guest, {transfer, other.value}),
     )
+
+
+def _world_of_verdict(record: Record, guest: GuestEvidence, words: set[str]) -> Bounds:
+    if "switched" not in words and record is not Record.PLEDGED:
+        return QUICK
+    return DEADLY if guest is GuestEvidence.GONE else POSTCOPY
 
 
 def _probe(record: Record) -> MigrationRow:
