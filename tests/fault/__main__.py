@@ -48,6 +48,8 @@ class Campaign:
     points: int = 0
     survey: list[Result] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
+    earlier: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs that an interrupted run had covered, and that are not run again."""
     unreached: dict[str, str | None] = field(default_factory=dict)
     interrupted: bool = False
     seconds: float = 0.0
@@ -55,7 +57,8 @@ class Campaign:
     @property
     def covered(self) -> int:
         """Pairs of which the strike came where it was meant to."""
-        return len({(result.point, result.fault) for result in self.results if result.reached})
+        now = {(result.point, result.fault) for result in self.results if result.reached}
+        return len(now | set(self.earlier))
 
     @property
     def violations(self) -> int:
@@ -78,6 +81,7 @@ class Campaign:
         return {
             "seed": self.seed,
             "interrupted": self.interrupted,
+            "earlier": len(self.earlier),
             "points": self.points,
             "missed": sum(not result.reached for result in self.results),
             "nothing_there": sum(result.reached and not result.struck for result in self.results),
@@ -179,6 +183,15 @@ def _plan(
     assert slow is not None
     cases = all_cases(reached, slow, randomly)
     campaign.pairs = len(cases)
+    if arguments.resume:
+        covered = {
+            (result["point"], result["fault"])
+            for path in arguments.resume
+            for result in json.loads(path.read_text(encoding="utf-8"))["results"]
+            if result["reached"] and not result["violations"]
+        }
+        campaign.earlier = sorted({(case.point, case.fault) for case in cases} & covered)
+        cases = [case for case in cases if (case.point, case.fault) not in covered]
     if arguments.only:
         cases = [
             case for case in cases if arguments.only in f"{case.scenario.name} {case.point} {case.fault}"
@@ -201,6 +214,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="part of a scenario, point or fault")
     parser.add_argument("--jobs", type=int, default=2, help="cases side by side (default %(default)s)")
     parser.add_argument("--json", type=Path, default=_RESULTS, help="full results (default %(default)s)")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="go on where the run ended that wrote these results",
+    )
     parser.add_argument("--plant", action="store_true", help="let a guest be run twice, which must be found")
     return parser.parse_args(argv)
 

@@ -105,6 +105,7 @@ _REASONS = {
     "source.switched.ask": _POSTCOPY,
     "source.handing.unclear": "only a QEMU that lives and does not answer leaves the source here",
     "source.silent.*": "only a QEMU that lives and does not answer leaves the source here",
+    "source.handing.give-up": "only a manager that comes back while the state is still being sent, if it is quick",
     "source.kept.perform": _GUARDED,
     "source.kept.give-up": _GUARDED,
     "source.given.give-up": _GUARDED,
