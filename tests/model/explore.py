@@ -19,6 +19,7 @@ from tests.model.world import (
     Words,
     World,
     begin_world,
+    in_order,
 )
 
 _HEALING_STEPS = 500
@@ -212,11 +213,11 @@ def _ask(rules: Rules, world: World, host: int, run: Run) -> Move | None:
     if not rules.protocol.asks:
         return _carried(rules, world)
     if run.state is State.PLEDGED:
-        for slip in world.slips:
+        for slip in in_order(world.slips):
             if slip.migration == run.migration and slip.kind in _WORDS_OF_A_SOURCE:
                 return next(iter(rules.decide(world, host, slip)), None)
         return next(iter(rules.asking(world, host, run)), None)
-    for slip in world.slips:
+    for slip in in_order(world.slips):
         if slip.migration == run.migration and slip.kind in (PaperKind.CLAIM, PaperKind.REFUSAL):
             for move in rules.confirm(world, host, slip):
                 return move
@@ -229,7 +230,7 @@ def _ask(rules: Rules, world: World, host: int, run: Run) -> Move | None:
 
 def _carried(rules: Rules, world: World) -> Move | None:
     """Where the hosts do not ask, only what a caller still carries can settle them."""
-    for slip in world.slips:
+    for slip in in_order(world.slips):
         asked = world.migrations[slip.migration]
         if slip.kind is PaperKind.PROOF:
             moves = rules.decide(world, asked.destination, slip)

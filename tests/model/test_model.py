@@ -100,7 +100,7 @@ PREDICTED = {
     ("source.handing.proved.answered", "kill-source-qemu"): {"destination", "none"},
     ("source.stopped.claim.written", "kill-source-manager"): {"destination"},
     ("transfer at random", "kill-destination-qemu"): {"source"},
-    ("transfer at random", "kill-source-qemu"): {"none", "destination"},
+    ("transfer at random", "kill-source-qemu"): {"none"},
 }
 
 

@@ -234,6 +234,12 @@ def begin_world(bounds: Bounds) -> World:
 
 
 @cache
+def in_order(slips: frozenset[Slip]) -> tuple[Slip, ...]:
+    """Papers in an order that is the same in every run, so that the shortest way found is."""
+    return tuple(sorted(slips, key=lambda slip: (slip.migration, slip.kind.value, slip.receipt)))
+
+
+@cache
 def _identity(migration: int) -> MigrationId:
     return MigrationId(f"{migration:032x}")
 
@@ -478,7 +484,7 @@ class Rules:
         if self.bounds.paused:
             yield words, _with_run(world, host, ran)
             return
-        arrived = _run(_ran(world, run.migration), process)
+        arrived = _ran(_run(world, process), run.migration)
         yield words, _with_run(arrived, host, ran)
         if self.bounds.fail:
             yield words._replace(what=f"{words.what} fails"), _with_run(world, host, never_ran)
@@ -619,7 +625,7 @@ class Rules:
         """Whoever carries papers: any of them, at any time, any number of times."""
         if len(world.migrations) < self.bounds.migrations:
             yield from self._begin(world)
-        for slip in world.slips:
+        for slip in in_order(world.slips):
             asked = world.migrations[slip.migration]
             match slip.kind:
                 case PaperKind.PASSPORT:
@@ -1165,6 +1171,7 @@ def _told(world: World, slip: Slip) -> World:
 
 __all__ = [
     "CALLER",
+    "in_order",
     "QUESTIONS",
     "Bounds",
     "Host",
