@@ -7,9 +7,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from ferryman.handover import PaperKind, State
+from ferryman.handover import QUESTIONS, PaperKind, State
 from tests.model.world import (
-    QUESTIONS,
     Bounds,
     Protocol,
     Rules,
@@ -24,7 +23,6 @@ from tests.model.world import (
 
 _HEALING_STEPS = 500
 _FAULTS, _BACK = 0.02, 0.2
-_ASKING = (State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT, State.PLEDGED)
 _WORDS_OF_A_SOURCE = (PaperKind.PROOF, PaperKind.NO_PROOF, PaperKind.KEPT)
 _HEALED = Words("everybody", "comes back, and nothing fails any more")
 
@@ -201,7 +199,7 @@ def _heal_step(rules: Rules, world: World) -> Move | None:
             if move[1] != world:
                 return move
     for number, run in idle:
-        answer = _ask(rules, world, number, run) if run.state in _ASKING else None
+        answer = _ask(rules, world, number, run) if run.state in QUESTIONS else None
         if answer is not None:
             return answer
     return next(iter(rules.hypervisors(world)), None)

@@ -28,6 +28,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ferryman.handover import (
+    QUESTIONS,
     TABLE,
     Action,
     Input,
@@ -944,13 +945,6 @@ class Rules:
         return world
 
 
-QUESTIONS = {
-    State.STOPPED: PaperKind.PROOF,
-    State.SWITCHED: PaperKind.PROOF,
-    State.BEREFT: PaperKind.NO_PROOF,
-    State.SILENT: PaperKind.ASK,
-}
-
 _BEFORE = {
     Record.CLAIMED: Record.CLAIMING,
     Record.CLAIMING: Record.PREPARED,
@@ -1172,7 +1166,6 @@ def _told(world: World, slip: Slip) -> World:
 __all__ = [
     "CALLER",
     "in_order",
-    "QUESTIONS",
     "Bounds",
     "Host",
     "Migration",

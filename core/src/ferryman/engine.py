@@ -36,6 +36,7 @@ from ferryman.errors import (
     PerformError,
 )
 from ferryman.handover import (
+    QUESTIONS,
     TABLE,
     Action,
     Cookie,
@@ -105,15 +106,6 @@ _ASK_FIRST_S = 0.05
 _ASK_LONGEST_S = 30.0
 _RECOVERY_ROUNDS = 8
 _DRIVER_PREFIX = "driver."
-
-_QUESTIONS = {
-    State.STOPPED: PaperKind.PROOF,
-    State.SWITCHED: PaperKind.PROOF,
-    State.BEREFT: PaperKind.NO_PROOF,
-    State.SILENT: PaperKind.ASK,
-    State.PLEDGED: PaperKind.ASK,
-}
-"""What a side that cannot decide alone asks the other with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,9 +330,9 @@ class Host:
                     row.name,
                     error,
                 )
-            if not run.done and run.state not in _QUESTIONS:
+            if not run.done and run.state not in QUESTIONS:
                 self._lease(run)
-            if not run.done and run.state in _QUESTIONS:
+            if not run.done and run.state in QUESTIONS:
                 self._start(lambda run=run: self._ask_until_answered(run))  # type: ignore[misc]
         await self._hook_unless_missing(
             "migrate_sweep", SweepRequest(known=frozenset(id for _, id in self._runs))
@@ -447,7 +439,7 @@ class Host:
         if run.state is State.HANDING:
             with anyio.CancelScope(shield=True):
                 await self._recover_or_ask(run)
-        return _QUESTIONS.get(run.state, PaperKind.KEPT)
+        return QUESTIONS.get(run.state, PaperKind.KEPT)
 
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal; any other paper changes nothing.
@@ -705,7 +697,7 @@ class Host:
                     if run.state is State.PREPARED:
                         run.row = replace(run.row, reason="a newer migration of the domain came")
                         await self._feed(run, Input.CANCEL)
-            if run.state in _QUESTIONS:
+            if run.state in QUESTIONS:
                 await self._ask_once(run)
 
     # The table at work
@@ -752,7 +744,7 @@ class Host:
             run.row = row
             state = fall_back(row.record)
             # A proof that was given stays given: only memory knows it, and memory was not lost.
-            if not (state is State.HANDING and run.state in _QUESTIONS):
+            if not (state is State.HANDING and run.state in QUESTIONS):
                 run.state = state
 
     async def _act(self, run: _Run, action: Action) -> Input | None:
@@ -772,14 +764,7 @@ class Host:
                 tuning = Tuning(postcopy=True)
                 await self._hooks.call("migrate_tune", self._tune_request(run, tuning), type(None))
             case Action.SERVE_PAGES:
-                request = EvidenceRequest(
-                    id=run.row.migration_id,
-                    uuid=run.row.uuid,
-                    name=run.row.name,
-                    side=run.side,
-                    process=run.row.process,
-                )
-                await self._hook_unless_missing("migrate_serve", request)
+                await self._hook_unless_missing("migrate_serve", self._evidence_request(run))
                 return Input.SERVED
             case Action.DESTROY_RECEIVER:
                 await self._limited(
@@ -952,14 +937,16 @@ class Host:
     async def _evidence(self, run: _Run) -> Evidence:
         if not self._hooks.has("migrate_evidence"):
             return Evidence(guest=GuestEvidence.UNKNOWN, transfer=TransferEvidence.UNKNOWN)
-        request = EvidenceRequest(
+        return await self._limited(run, "migrate_evidence", self._evidence_request(run), Evidence)
+
+    def _evidence_request(self, run: _Run) -> EvidenceRequest:
+        return EvidenceRequest(
             id=run.row.migration_id,
             uuid=run.row.uuid,
             name=run.row.name,
             side=run.side,
             process=run.row.process,
         )
-        return await self._limited(run, "migrate_evidence", request, Evidence)
 
     async def _look(self, run: _Run) -> Input | None:
         return recover(run.row, await self._evidence(run))
@@ -971,7 +958,7 @@ class Host:
                 return
             given = await self._look(run)
             if given is None:
-                if run.state in _QUESTIONS:
+                if run.state in QUESTIONS:
                     return  # the other side is asked next
                 _log.warning(
                     "migration %s of domain %s is in doubt: the hypervisor does not say what became of the guest",
@@ -1054,9 +1041,9 @@ class Host:
         """
         note = testimony.note()
         if testimony.journal is not None:
-            if run.state not in _QUESTIONS:
+            if run.state not in QUESTIONS:
                 return answered, trouble  # it is this host's hypervisor that has not answered
-            question = run.row.paper(_QUESTIONS[run.state])
+            question = run.row.paper(QUESTIONS[run.state])
             answer = await anyio.to_thread.run_sync(ask_journal, testimony.journal, question, run.side, note)
             before = run.row.testimony
             run.row = replace(run.row, testimony=note)
@@ -1093,7 +1080,7 @@ class Host:
 
         :returns: what it answered.
         """
-        question = self._cookie(run, _QUESTIONS[run.state])
+        question = self._cookie(run, QUESTIONS[run.state])
         answered = PaperKind.PENDING
 
         async def ask_destination(destination: Endpoint) -> None:
@@ -1121,7 +1108,7 @@ class Host:
             with anyio.CancelScope(shield=True):
                 await self._refresh(run)
                 await self._recover_or_ask(run)
-        if run.done or run.state not in _QUESTIONS:
+        if run.done or run.state not in QUESTIONS:
             return None
         return await self._ask_once(run)
 
@@ -1171,7 +1158,7 @@ class Host:
         if run.transfer is not None:
             run.transfer.cancel()
             return
-        if run.state in _QUESTIONS:
+        if run.state in QUESTIONS:
             await self._ask_until_answered(run)
             return
         async with run.lock:

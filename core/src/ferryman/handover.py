@@ -338,6 +338,16 @@ TABLE: Mapping[tuple[State, Input], Step] = {
 """The protocol.  A pair that is not here is not allowed: :func:`step` says so and nothing happens."""
 
 
+QUESTIONS: Mapping[State, PaperKind] = {
+    State.STOPPED: PaperKind.PROOF,
+    State.SWITCHED: PaperKind.PROOF,
+    State.BEREFT: PaperKind.NO_PROOF,
+    State.SILENT: PaperKind.ASK,
+    State.PLEDGED: PaperKind.ASK,
+}
+"""States in which a side cannot decide alone, and what it asks the other with."""
+
+
 class OutOfOrderError(Exception):
     """An input that the table does not allow in this state; nothing was done."""
 

@@ -588,7 +588,8 @@ def _lock(mark: int, path: Path) -> None:
                     f"the journal {path} is open in another program or connection (process {_holder(mark)}): it did"
                     f" not let go within {LOCK_WAIT_S:g} s"
                 ) from error
-            # flock has no event to wait for, and one that blocks has no limit.
+            # The kernel tells nobody that a lock is free, and a flock that blocks has no limit; so it is tried again,
+            # for the seconds that a program needs to end. The event loop goes on: a journal is opened in a thread.
             time.sleep(_LOCK_RETRY_S)
         else:
             return

@@ -418,20 +418,18 @@ class MigrationJob:
     async def _perform_unheard(
         self, plan: Plan, begun: Begun, prepared: Prepared, error: FerrymanError
     ) -> Performed:
-        finished = await self._cancel_destination(plan, prepared.cookie)
+        performed = Performed(
+            kind=PaperKind.ASK,
+            cookie=_with_kind(prepared.cookie, PaperKind.ASK),
+            statistics=TransferStatistics(),
+            error=error,
+        )
+        finished = await self._cancel_destination(plan, performed.cookie)
         await self._give_up(plan, begun.id)
-        if finished is not None and finished.kind is PaperKind.CLAIM:
-            return Performed(
-                kind=PaperKind.ASK,
-                cookie=_with_kind(prepared.cookie, PaperKind.ASK),
-                statistics=TransferStatistics(),
-                error=error,
-            )
-        if finished is None or finished.kind is not PaperKind.REFUSAL:
-            raise self._in_doubt(Phase.PERFORM, finished.reason if finished else "") from error
-        # The refusal is durable: whatever the source has done, the guest stays there.
-        self._check_abort(Phase.PERFORM, Side.SOURCE)
-        raise self._failure(Phase.PERFORM, Side.SOURCE, error, GuestState.SOURCE)
+        if finished is not None and finished.kind is PaperKind.REFUSAL:
+            # It is durable: whatever the source has done, the guest stays there.
+            self._check_abort(Phase.PERFORM, Side.SOURCE)
+        return await self._perform_lost(plan, performed, finished)
 
     async def _give_up(self, plan: Plan, migration_id: MigrationId) -> None:
         """Let the source unlock the domain; its lease does the same when it cannot be reached."""

@@ -175,9 +175,13 @@ def _missing(
         return f"the {other} never prepared this migration, so its journal is another one", (
             f"look at the {other}, or say that that host and the guest on it are lost"
         )
-    silent = "the hypervisor's word, or " if state is State.SILENT else ""
     address = row.peer_address or "an address that its papers did not name"
-    return f"{silent}the {other}'s word, from {address}{because}", (
+    if state is State.SILENT:
+        # The guest may have gone on here by itself, so that it must not be given up for lost there.
+        return f"the hypervisor's word, or the {other}'s word, from {address}{because}", (
+            f"make the hypervisor answer, make the {other} reachable, or bring its journal"
+        )
+    return f"the {other}'s word, from {address}{because}", (
         f"make the {other} reachable, bring its journal, or say that that host and the guest on it are lost"
     )
 

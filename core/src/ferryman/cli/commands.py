@@ -31,7 +31,7 @@ def ferryman() -> None:
 
 @ferryman.command()
 @click.argument("uri")
-@click.option("--list", "only_list", is_flag=True, help="Show what is in doubt, and ask nobody.")
+@click.option("--list", "only_list", is_flag=True, help="Show what is in doubt after opening the host.")
 @click.option("--migration", metavar="ID", help="Only this migration.")
 @click.option(
     "--journal",

@@ -682,7 +682,10 @@ class QemuDriver:
         if guest is None:
             return
         with guest.control.events("MIGRATION") as events:
-            await break_stream(guest)
+            try:
+                await break_stream(guest)
+            except MonitorClosedError:
+                return  # with its process the transfer is gone too
             with anyio.move_on_after(_CANCEL_PATIENCE_S):
                 while (await guest.command("query-migrate")).get("status") in _ACTIVE:
                     await events.get()
