@@ -136,23 +136,31 @@ def with_kind(cookie: bytes, kind: PaperKind) -> bytes:
     return encode_cookie(Cookie(paper=replace(read.paper, kind=kind), address=read.address))
 
 
-async def perform(a: End, receipt: Prepared, done: list[Performed]) -> None:
-    done.append(await a.host.perform(receipt.cookie, receipt.migration_uri, OPTIONS, lambda _: None))
+@asynccontextmanager
+async def transferring(a: End, b: End) -> AsyncIterator[tuple[Begun, Prepared, list[Performed]]]:
+    """A transfer under way; leaving the block waits for its end, which the list then holds."""
+    begun, receipt = await prepared(a, b)
+    done: list[Performed] = []
+
+    async def perform() -> None:
+        done.append(await a.host.perform(receipt.cookie, receipt.migration_uri, OPTIONS, lambda _: None))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(perform)
+        await told(a, "migrate_perform")
+        yield begun, receipt, done
 
 
-async def sending(a: End) -> None:
+async def told(end: End, hook: str) -> None:
+    """Wait until a hypervisor was told something."""
     with anyio.fail_after(5):
-        while "migrate_perform" not in a.hypervisor.told:
+        while hook not in end.hypervisor.told:
             await anyio.lowlevel.checkpoint()
 
 
 async def test_a_switch_from_pledge_to_the_last_page(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
-        begun, receipt = await prepared(a, b)
-        done: list[Performed] = []
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(perform, a, receipt, done)
-            await sending(a)
+        async with transferring(a, b) as (begun, receipt, done):
             pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
             assert pledge.kind is PaperKind.PLEDGE
             assert b.record(Side.DESTINATION, begun) is Record.PLEDGED
@@ -162,9 +170,7 @@ async def test_a_switch_from_pledge_to_the_last_page(tmp_path: Path) -> None:
         assert claimed.kind is PaperKind.CLAIM
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(a.host.confirm, claimed.cookie)
-            with anyio.fail_after(5):
-                while "migrate_serve" not in a.hypervisor.told:
-                    await anyio.lowlevel.checkpoint()
+            await told(a, "migrate_serve")
             # The decision is durable, and the half that the destination needs is still there.
             assert a.record(Side.SOURCE, begun) is Record.GIVEN
             assert Verdict.GIVEN.value not in a.hypervisor.told
@@ -175,11 +181,7 @@ async def test_a_switch_from_pledge_to_the_last_page(tmp_path: Path) -> None:
 
 async def test_no_switch_without_a_pledge(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
-        _begun, receipt = await prepared(a, b)
-        done: list[Performed] = []
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(perform, a, receipt, done)
-            await sending(a)
+        async with transferring(a, b) as (_begun, receipt, _done):
             for kind in (PaperKind.RECEIPT, PaperKind.CLAIM, PaperKind.PENDING):
                 with pytest.raises(PaperError, match="no pledge"):
                     await a.host.switch(with_kind(receipt.cookie, kind))
@@ -192,12 +194,8 @@ async def test_no_switch_without_a_pledge(tmp_path: Path) -> None:
 
 async def test_a_pledge_stands_against_a_caller_and_falls_with_the_source(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
-        begun, receipt = await prepared(a, b)
         a.hypervisor.end = PerformError("the stream broke")
-        done: list[Performed] = []
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(perform, a, receipt, done)
-            await sending(a)
+        async with transferring(a, b) as (begun, receipt, done):
             pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
             cancelled = await b.host.decide(with_kind(receipt.cookie, PaperKind.CANCEL))
             assert cancelled.kind is PaperKind.PENDING
