@@ -4,7 +4,8 @@ import logging
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
-from ferryman.handover import TABLE, Input, Record, State
+from ferryman.handover import SOURCE_STATES, TABLE, Record
+from ferryman.types import Side
 
 project = "Ferryman"
 author = "The Ferryman authors"
@@ -62,35 +63,28 @@ def _write_table() -> None:
         path.write_text(text)
 
 
-def _write_diagram(name: str, first: Input) -> None:
+def _write_diagram(side: Side) -> None:
     """Draw one side's states: written ones in bold; what only repeats an answer is left out."""
-    reached = {TABLE[State.ABSENT, first].state, State.ABSENT}
-    while (
-        more := {step.state for (state, _), step in TABLE.items() if state in reached - {State.ABSENT}}
-        - reached
-    ):
-        reached |= more
     durable = {record.value for record in Record}
     arrows: dict[tuple[str, str], list[str]] = {}
     for (state, given), step in TABLE.items():
         says_only = step.record is None and not step.actions and step.state is state
-        if step.state in reached and (state in reached) and not says_only:
+        if (step.state in SOURCE_STATES) is (side is Side.SOURCE) and not says_only:
             also = f" / {', '.join(action.value for action in step.actions)}" if step.actions else ""
             arrows.setdefault((state.value, step.state.value), []).append(given.value + also)
     lines = ["digraph {", '  rankdir="TB"; node [shape=box, style=rounded, fontname="sans-serif"];']
     lines.append('  edge [fontname="sans-serif", fontsize=9];')
-    for state in (state for state in State if state in reached):
-        bold = "bold" if state.value in durable else "dashed"
-        lines.append(f'  "{state.value}" [style="rounded,{bold}"];')
+    for state in sorted({state for arrow in arrows for state in arrow}):
+        lines.append(f'  "{state}" [style="rounded,{"bold" if state in durable else "dashed"}"];')
     for (start, end), labels in arrows.items():
         label = "\\n".join(labels)
         lines.append(f'  "{start}" -> "{end}" [label="{label}"];')
-    path = Path(__file__).parent / "why" / f"_{name}.dot"
+    path = Path(__file__).parent / "why" / f"_{side.value}.dot"
     text = "\n".join([*lines, "}"]) + "\n"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 _write_table()
-_write_diagram("source", Input.BEGIN)
-_write_diagram("destination", Input.PREPARE)
+_write_diagram(Side.SOURCE)
+_write_diagram(Side.DESTINATION)

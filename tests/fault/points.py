@@ -17,34 +17,16 @@ from unittest import mock
 
 import ferryman.engine
 from ferryman.engine import Host
-from ferryman.handover import TABLE, Input, State, Step
+from ferryman.handover import SOURCE_STATES, TABLE, Input, State, Step
 from ferryman.handover import step as real_step
 from ferryman.types import Side
 
 Entry = tuple[State, Input]
 
 
-def _states_from(first: Input) -> frozenset[State]:
-    """States that an input leads to from nothing, and whatever follows."""
-    found = {TABLE[State.ABSENT, first].state}
-    while more := {following.state for (state, _), following in TABLE.items() if state in found} - found:
-        found |= more
-    return frozenset(found)
-
-
-_SOURCE_STATES = _states_from(Input.BEGIN)
-
-
 def side_of(entry: Entry) -> Side:
     """Whose part of the table an entry is."""
-    state, _ = entry
-    return (
-        Side.SOURCE if _state_there(entry) in _SOURCE_STATES or state in _SOURCE_STATES else Side.DESTINATION
-    )
-
-
-def _state_there(entry: Entry) -> State:
-    return TABLE[entry].state
+    return Side.SOURCE if TABLE[entry].state in SOURCE_STATES else Side.DESTINATION
 
 
 def entry_name(entry: Entry) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ferryman.handover import (
+    SOURCE_STATES,
     TABLE,
     Action,
     Input,
@@ -214,8 +215,7 @@ _POSTCOPY_STATES = (State.PLEDGED, State.SWITCHED)
 
 def _where(state: State, given: Input) -> Bounds:
     """The world in which a state meets an input."""
-    at_source = state in (State.HANDING, State.STOPPED, State.SWITCHED, State.SILENT, State.BEREFT)
-    if state in _POSTCOPY_STATES or (at_source and given is Input.ASK):
+    if state in _POSTCOPY_STATES or (state in SOURCE_STATES and given is Input.ASK):
         if state is State.BEREFT or given in (Input.NO_PROOF, Input.NEVER_RAN):
             return DEADLY
         return replace(POSTCOPY, silent=state is State.SILENT)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ferryman.errors import PaperError
 from ferryman.handover import (
     MAX_COOKIE_BYTES,
+    SOURCE_STATES,
     TABLE,
     Action,
     Cookie,
@@ -307,3 +308,9 @@ def test_a_cookie_that_would_be_too_long_is_not_written() -> None:
     huge = Cookie(paper=paper(PaperKind.ASK), address="x" * MAX_COOKIE_BYTES)
     with pytest.raises(PaperError, match="more than 65536"):
         encode_cookie(huge)
+
+
+def test_a_sides_states_lead_only_to_its_own() -> None:
+    for (state, _given), found in TABLE.items():
+        if state is not State.ABSENT:
+            assert (state in SOURCE_STATES) is (found.state in SOURCE_STATES)

@@ -113,6 +113,21 @@ class State(Enum):
     NEVER_PREPARED = "never-prepared"
 
 
+SOURCE_STATES = frozenset(
+    {
+        State.BEGUN,
+        State.HANDING,
+        State.STOPPED,
+        State.SWITCHED,
+        State.SILENT,
+        State.BEREFT,
+        State.KEPT,
+        State.GIVEN,
+    }
+)
+"""Where a source stands; ``absent`` is either side's, and the others are a destination's."""
+
+
 class Input(Enum):
     """What can happen to one side of one migration."""
 
