@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ferryman.handover import QUESTIONS, PaperKind, State
@@ -53,6 +56,19 @@ class Found:
         return f"{self.states} states, depth {self.depth}, {self.seconds:.1f} s: {end}"
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the collector out: states hold no cycles, and it would look at all of them again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@_uncollected()
 def explore(
     protocol: Protocol,
     bounds: Bounds,
@@ -82,8 +98,8 @@ def explore(
                 found.excuses.update(_heal(rules, world, healed))
             for words, following in rules.moves(world):
                 last = words
-                if following not in came_from:
-                    came_from[following] = (world, words)
+                step = (world, words)
+                if came_from.setdefault(following, step) is step:
                     queue.append((following, depth + 1))
             last = None
         except Violation as violation:
