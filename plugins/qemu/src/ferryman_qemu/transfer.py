@@ -52,6 +52,21 @@ _FD_NAME = "ferryman-migration"
 _SAMPLE_APART_S = 0.05
 _STOPPED_STATES = ("finish-migrate", "postmigrate")
 
+ACTIVE = frozenset(
+    {
+        "setup",
+        "active",
+        "device",
+        "pre-switchover",
+        "cancelling",
+        "wait-unplug",
+        "postcopy-active",
+        "postcopy-paused",
+        "postcopy-recover",
+    }
+)
+"""What ``query-migrate`` answers while a transfer has not ended (qapi/migration.json, MigrationStatus)."""
+
 
 def capabilities(*names: str) -> Command:
     """The command that switches capabilities of QEMU's migrations on."""

@@ -1,0 +1,423 @@
+"""The driver of QEMU: hooks of both sides of a migration."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+
+from ferryman.errors import (
+    BeginError,
+    DefinitionError,
+    DomainExistsError,
+    FinishError,
+    HypervisorError,
+    InDoubtError,
+    PrepareError,
+)
+from ferryman.hookspecs import (
+    AbortRequest,
+    BeginReply,
+    BeginRequest,
+    ConfirmReply,
+    ConfirmRequest,
+    EvidenceRequest,
+    ExpectRequest,
+    FinishRequest,
+    PerformReply,
+    PerformRequest,
+    PrepareReply,
+    PrepareRequest,
+    SweepRequest,
+    TuneRequest,
+    Verdict,
+    hookimpl,
+)
+from ferryman.types import (
+    DomainInfo,
+    Evidence,
+    GuestEvidence,
+    Side,
+    TransferEvidence,
+    TransferStatistics,
+)
+from ferryman.uri import MigrationURI
+from ferryman_qemu.commandline import (
+    Machine,
+    read_pinned,
+)
+from ferryman_qemu.guest import Guest
+from ferryman_qemu.host import Expected, QemuHost
+from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
+from ferryman_qemu.transfer import (
+    ACTIVE,
+    Transfer,
+    break_stream,
+    capabilities,
+    parameters,
+    settle_source,
+    statistics_of,
+)
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+
+_log = logging.getLogger(__name__)
+
+_LOAD_PATIENCE_S = 30.0
+_CANCEL_PATIENCE_S = 5.0
+_UNIX_PATH_MAX = 107
+_EVIDENCE = {
+    "running": GuestEvidence.RUNNING,
+    **dict.fromkeys(
+        ("inmigrate", "paused", "prelaunch", "finish-migrate", "postmigrate"), GuestEvidence.STOPPED
+    ),
+}
+
+
+class MigrationHooks(QemuHost):
+    """Hooks of the five phases, and of recovery."""
+
+    # Migration: source
+
+    @hookimpl
+    async def migrate_begin(self, request: BeginRequest) -> BeginReply:
+        guest = self._guests.get(request.domain.uuid)
+        if guest is None:
+            raise BeginError(f"domain {request.domain.name} is not active", side=Side.SOURCE)
+        # What the transfer needs is set now, while the receiver has not even been started.
+        status, *_ = await guest.command_all(
+            Command("query-status"), capabilities("events", "return-path"), parameters(request.options)
+        )
+        return BeginReply(
+            definition=guest.record.definition,
+            paused=status["status"] != "running",
+            process=guest.process.identity,
+        )
+
+    @hookimpl
+    async def migrate_perform(self, request: PerformRequest) -> PerformReply:
+        guest = self._guest_of(request.process)
+        if guest is None:
+            raise InDoubtError(
+                f"the process of domain {request.domain.name} is gone",
+                evidence_missing="the destination's word",
+                side=Side.SOURCE,
+            )
+        transfer = self._transfers[request.id] = Transfer(guest, request, self._tasks)
+        try:
+            return await transfer.run()
+        finally:
+            transfer.begun.set()
+            del self._transfers[request.id]
+
+    @hookimpl
+    async def migrate_confirm(self, request: ConfirmRequest) -> ConfirmReply:
+        guest = self._guest_of(request.process)
+        if request.verdict is Verdict.GIVEN:
+            return await self._let_go(guest, request)
+        if guest is None:
+            return ConfirmReply(guest_gone=True)
+        async with guest.lock:
+            state = await settle_source(guest)
+            if not request.paused and state != "running":
+                await guest.command("cont")
+        return ConfirmReply()
+
+    async def _let_go(self, guest: Guest | None, request: ConfirmRequest) -> ConfirmReply:
+        statistics: TransferStatistics | None = None
+        if guest is not None:
+            guest.ending = "migrated-out"
+            with suppress(HypervisorError):  # counters only; the guest is not ours any more
+                statistics = statistics_of(await guest.quit_after("query-migrate"))
+        if request.undefine:
+            self._undefine(request.uuid, request.name)
+        return ConfirmReply(statistics=statistics)
+
+    @hookimpl
+    async def migrate_tune(self, request: TuneRequest) -> None:
+        guest = self._guest_of(request.process)
+        if guest is None:
+            raise HypervisorError("the guest's process is gone")
+        wanted: dict[str, int] = {}
+        if request.tuning.bandwidth_bytes_per_s is not None:
+            wanted["max-bandwidth"] = request.tuning.bandwidth_bytes_per_s
+        if request.tuning.max_downtime_ms is not None:
+            wanted["downtime-limit"] = request.tuning.max_downtime_ms
+        transfer = self._transfers.get(request.id)
+        if transfer is not None:
+            # Not before the transfer's own settings, which would undo this one.
+            await transfer.begun.wait()
+        if wanted:
+            await guest.command("migrate-set-parameters", wanted)
+
+    @hookimpl
+    async def migrate_abort(self, request: AbortRequest) -> None:
+        guest = self._guest_of(request.process)
+        if guest is None:
+            return
+        with guest.control.events("MIGRATION") as events:
+            try:
+                await break_stream(guest)
+            except MonitorClosedError:
+                return  # with its process the transfer is gone too
+            with anyio.move_on_after(_CANCEL_PATIENCE_S):
+                while (await guest.command("query-migrate")).get("status") in ACTIVE:
+                    await events.get()
+
+    @hookimpl
+    async def migrate_sweep(self, request: SweepRequest) -> None:
+        for migration_id, guest in list(self._receivers.items()):
+            if migration_id in request.known:
+                continue
+            if await self._runs(guest):
+                _log.warning(
+                    "domain %s runs here, and the journal does not know how it came: it is taken in",
+                    guest.record.name,
+                )
+                self._take_in(guest)
+            else:
+                await self._discard(guest)
+
+    async def _runs(self, guest: Guest) -> bool:
+        try:
+            return await guest.run_state() == "running"
+        except HypervisorError:
+            if await guest.is_ending():
+                return False
+            raise
+
+    @hookimpl
+    async def migrate_evidence(self, request: EvidenceRequest) -> Evidence:
+        guest = self._guest_of(request.process)
+        if guest is None:
+            return Evidence(guest=GuestEvidence.GONE)
+        try:
+            state = await guest.run_state()
+            status = (await guest.command("query-migrate")).get("status", "none")
+        except HypervisorError as error:
+            if await guest.is_ending():
+                return Evidence(guest=GuestEvidence.GONE)
+            _log.warning("QEMU does not say what domain %s does: %s", request.name, error)
+            return Evidence(guest=GuestEvidence.UNKNOWN)
+        transfer = TransferEvidence.FAILED
+        if status == "none":
+            transfer = TransferEvidence.NONE
+        elif status in ACTIVE:
+            transfer = TransferEvidence.ACTIVE
+        elif status == "completed":
+            # "completed" of an earlier arrival is no sign of this transfer: the run state tells the two apart.
+            sent = state in ("finish-migrate", "postmigrate", "running")
+            transfer = TransferEvidence.COMPLETED if sent else TransferEvidence.NONE
+        return Evidence(guest=_EVIDENCE.get(state, GuestEvidence.HALTED), transfer=transfer)
+
+    # Migration: destination
+
+    @hookimpl
+    async def migrate_prepare(self, request: PrepareRequest) -> PrepareReply:
+        try:
+            listen, propose = _listen_uri(request)
+            if listen.startswith("unix:"):
+                _require_free(listen.removeprefix("unix:"))
+            machine = self._arriving(request)
+        except (DefinitionError, DomainExistsError) as error:
+            raise PrepareError(error.message, side=Side.DESTINATION) from error
+        if request.uuid in self._guests or request.uuid in self._reserved:
+            raise PrepareError(f"domain {request.name} is active here already", side=Side.DESTINATION)
+        self._reserved[request.uuid] = request.name
+        try:
+            guest = await self._receiver(machine, request)
+        except BaseException as error:
+            self._reserved.pop(request.uuid, None)
+            if isinstance(error, HypervisorError):
+                raise PrepareError(error.message, side=Side.DESTINATION) from error
+            raise
+        self._receivers[request.id] = guest
+        try:
+            if listen.startswith("unix:"):
+                guest.write(replace(guest.record, socket=listen.removeprefix("unix:")))
+            *_, told = await guest.command_all(
+                capabilities("events", "return-path", "late-block-activate"),
+                Command("migrate-incoming", {"uri": listen}),
+                Command("query-migrate"),
+            )
+            uri = propose or _proposed(told, request)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._discard(guest)
+            if isinstance(error, HypervisorError):
+                raise PrepareError(
+                    f"the receiver cannot listen at {listen}: {error.message}", side=Side.DESTINATION
+                ) from error
+            raise
+        return PrepareReply(migration_uri=uri, process=guest.process.identity)
+
+    def _arriving(self, request: PrepareRequest | ExpectRequest) -> Machine:
+        machine = self._admit(read_pinned(request.definition))
+        if machine.definition.uuid != request.uuid:
+            raise PrepareError(
+                f"the definition is of domain {machine.definition.uuid}, not of {request.uuid}",
+                side=Side.DESTINATION,
+            )
+        return machine
+
+    async def _receiver(self, machine: Machine, request: PrepareRequest) -> Guest:
+        """Start the process of a receiver, or take the one that was started ahead."""
+        expected = self._expected.pop(request.id, None)
+        if expected is not None:
+            await expected.started.wait()
+            guest, expected.guest = expected.guest, None
+            if guest is not None and guest.record.definition == machine.definition.render():
+                return guest
+            if guest is not None:
+                await guest.kill()
+        return await self._spawn(machine, persistent=request.options.persist, migration=request.id)
+
+    @hookimpl
+    async def migrate_expect(self, request: ExpectRequest) -> None:
+        machine = self._arriving(request)
+        if request.uuid in self._guests or request.uuid in self._reserved:
+            return
+        expected = self._expected[request.id] = Expected()
+        try:
+            try:
+                expected.guest = await self._spawn(
+                    machine, persistent=request.options.persist, migration=request.id
+                )
+            finally:
+                expected.started.set()
+            await anyio.sleep_forever()
+        finally:
+            self._expected.pop(request.id, None)
+            if expected.guest is not None:
+                with anyio.CancelScope(shield=True):
+                    await expected.guest.kill()
+
+    @hookimpl
+    async def migrate_finish(self, request: FinishRequest) -> None:
+        guest = self._guest_of(request.process)
+        if request.verdict is Verdict.DISCARD:
+            self._reserved.pop(request.uuid, None)
+            # By the migration too: prepare may have failed before the process had told its identity.
+            guest = guest or self._receivers.get(request.id)
+            if guest is not None:
+                await self._discard(guest)
+            return
+        if guest is None:
+            raise FinishError("the receiver's process is gone", side=Side.DESTINATION)
+        async with guest.lock:
+            await self._run(guest, request)
+
+    async def _run(self, guest: Guest, request: FinishRequest) -> None:
+        """Run the arrived guest; INVARIANT: never ``cont`` before the run state has left ``inmigrate``."""
+        if not guest.loaded.is_set():
+            state = await guest.run_state()
+            if state == "running":
+                return
+            if state == "inmigrate":
+                with anyio.move_on_after(_LOAD_PATIENCE_S):
+                    await _first(guest.loaded, guest.gone)
+                if not guest.loaded.is_set():
+                    raise FinishError("the guest's state did not arrive whole", side=Side.DESTINATION)
+        if guest.incoming_failed:
+            raise FinishError(guest.incoming_failed, side=Side.DESTINATION)
+        if request.paused:
+            return
+        try:
+            await guest.control.execute("cont")
+        except QMPCommandError as error:
+            raise FinishError(error.description, side=Side.DESTINATION) from error
+        except MonitorError as error:
+            if isinstance(error, MonitorClosedError | MonitorTimeout) and error.sent:
+                raise HypervisorError(str(error)) from error
+            raise FinishError(
+                f"the guest could not be told to run: {error}", side=Side.DESTINATION
+            ) from error
+
+    @hookimpl
+    async def migrate_adopt(self, request: FinishRequest) -> DomainInfo:
+        guest = self._guest_of(request.process)
+        if guest is not None and guest.record.migration:
+            self._take_in(guest)
+        if guest is not None and request.persist:
+            self._root.write_definition(request.uuid, guest.record.definition)
+            self._defined[request.uuid] = guest.record.definition
+        return await self._info(request.uuid)
+
+
+def _listen_uri(request: PrepareRequest) -> tuple[str, str]:
+    """Where the receiver listens, as QEMU writes it, and what to propose; '' where the port is not known yet."""
+    if request.migration_uri is None:
+        return f"tcp:{_bracketed(request.options.listen_address or '127.0.0.1')}:0", ""
+    uri = MigrationURI.parse(request.migration_uri)
+    if uri.protocol == "unix":
+        if not uri.path or len(os.fsencode(uri.path)) > _UNIX_PATH_MAX:
+            raise PrepareError(
+                f"the socket's path has more than {_UNIX_PATH_MAX} bytes: use a shorter one",
+                side=Side.DESTINATION,
+            )
+        return f"unix:{uri.path}", request.migration_uri
+    if uri.protocol not in ("", "tcp"):
+        raise PrepareError(f"QEMU has no transport {uri.protocol}: use tcp or unix", side=Side.DESTINATION)
+    host = _bracketed(request.options.listen_address or uri.host or "")
+    return f"tcp:{host}:{uri.port or 0}", request.migration_uri if uri.port else ""
+
+
+def _require_free(path: str) -> None:
+    """Refuse a socket's path that is somebody's: QEMU would remove whatever lies there.
+
+    :raises PrepareError: somebody listens there, or it is no socket.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.setblocking(False)
+            caller.connect(path)
+        reason = "somebody listens there"
+    except FileNotFoundError:
+        return
+    except BlockingIOError:
+        reason = "somebody listens there"
+    except ConnectionRefusedError as error:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # left behind by somebody who is gone
+        reason = str(error.strerror)
+    except OSError as error:
+        reason = str(error.strerror)
+    raise PrepareError(f"the receiver cannot listen at unix:{path}: {reason}", side=Side.DESTINATION)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _proposed(told: dict[str, Any], request: PrepareRequest) -> str:
+    """The migration URI with the port that the receiver got, by its answer to ``query-migrate``."""
+    addresses: list[dict[str, Any]] = told.get("socket-address") or []
+    for address in addresses:
+        if address.get("type") == "inet":
+            host = str(address["host"])
+            if request.migration_uri is not None:
+                host = MigrationURI.parse(request.migration_uri).host or host
+            return f"tcp://{_bracketed(host)}:{address['port']}"
+    raise HypervisorError("QEMU does not say where it listens")
+
+
+async def _first(*events: anyio.Event) -> None:
+    """Wait for the first of some events."""
+    async with anyio.create_task_group() as tasks:
+        for event in events:
+            tasks.start_soon(partial(_wait_and_cancel, event, tasks))
+
+
+async def _wait_and_cancel(event: anyio.Event, tasks: TaskGroup) -> None:
+    await event.wait()
+    tasks.cancel_scope.cancel()
