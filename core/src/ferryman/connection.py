@@ -18,18 +18,37 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+from anyio.abc import ByteStream
 
 from ferryman.capabilities import Capabilities
-from ferryman.definition import minimal_definition
+from ferryman.definition import minimal_definition, parse_definition
 from ferryman.engine import Endpoint, Host
-from ferryman.errors import ConnectError, ConnectionClosedError, NotSupportedError
+from ferryman.errors import (
+    ConnectError,
+    ConnectionClosedError,
+    DomainNotFoundError,
+    FerrymanError,
+    NotSupportedError,
+    OptionError,
+)
 from ferryman.hookspecs import (
+    AgentRequest,
+    AutostartRequest,
+    BootRequest,
+    ConsoleRequest,
     DefinitionRequest,
+    DirtyRateRequest,
     DomainRequest,
     HostRequest,
     LookupRequest,
+    MemoryRequest,
     OpenReply,
     OpenRequest,
+    RestoreRequest,
+    SaveRequest,
+    ScreenshotRequest,
+    ShutdownRequest,
+    StatisticsRequest,
 )
 from ferryman.registry import Hooks, open_driver
 from ferryman.types import (
@@ -40,11 +59,14 @@ from ferryman.types import (
     DomainUUID,
     MigrationId,
     MigrationOptions,
+    Scope,
+    Screenshot,
+    ShutdownMode,
 )
 from ferryman.uri import ConnectionURI
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
     from types import TracebackType
 
     from anyio.abc import TaskGroup
@@ -58,6 +80,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _EVENTS_KEPT = 10_000
+_ASKED_AT_ONCE = 16
+_MAX_DIRTY_RATE_S = 60
 
 _open_hosts: dict[tuple[Any, str], Connection] = {}
 """Hosts that are open in this process, by event loop and address: asking one of them needs no second opening."""
@@ -128,6 +152,9 @@ class Connection:
         self._hooks, self._host = hooks, host
         stack.callback(self._closed)
         await host.recover()
+        if hooks.has("host_autostart"):
+            # INVARIANT: after the recovery, since a domain whose migration is open may run elsewhere.
+            await hooks.call("host_autostart", BootRequest(admit=host.require_free), type(None))
 
     async def __aexit__(self, *exc_info: object) -> None:
         # The block's own exception stays out of the task groups, which would wrap it in an ExceptionGroup.
@@ -199,12 +226,75 @@ class Connection:
         info = await self.hooks.call("domain_define", DefinitionRequest(definition=definition), DomainInfo)
         return Domain(self, info.name, info.uuid)
 
-    async def create(self, definition: str, *, paused: bool = False) -> Domain:
-        """Make and start a transient domain from libvirt domain XML.  Errors as :meth:`define`."""
-        info = await self.hooks.call(
-            "domain_create", DefinitionRequest(definition=definition, paused=paused), DomainInfo
-        )
+    async def create(self, definition: str, *, paused: bool = False, autodestroy: bool = False) -> Domain:
+        """Make and start a transient domain from libvirt domain XML.
+
+        The uuid of a persistent domain that is shut off runs that domain by this definition, which it does not keep.
+
+        :param paused: leave it paused.
+        :param autodestroy: destroy it when this connection closes, or when the program dies.
+        :raises DefinitionError: names the element at fault.
+        :raises DomainExistsError: the name belongs to another domain, or the domain is active.
+        :raises DomainBusyError: a migration has locked the domain.
+        """
+        read = parse_definition(definition)
+        self.host.require_free(read.uuid, read.name)
+        request = DefinitionRequest(definition=definition, paused=paused, autodestroy=autodestroy)
+        info = await self.hooks.call("domain_create", request, DomainInfo)
         return Domain(self, info.name, info.uuid)
+
+    async def restore(
+        self, path: str | os.PathLike[str], *, paused: bool | None = None, definition: str | None = None
+    ) -> Domain:
+        """Run a guest from a file that :meth:`Domain.save` wrote; the file stays.
+
+        Restoring it twice runs the guest from the same moment twice, on disks that have gone on.
+
+        :param path: on the host of this connection.
+        :param paused: leave it paused, or run it; None is as it was when it was saved.
+        :param definition: runs it instead of the saved one: of the same uuid and the same machine.
+        :raises DefinitionError: the file holds no guest, is not whole, or the definition is of another machine.
+        :raises DomainExistsError: the domain is active. :raises DomainBusyError: a migration has locked it.
+        :raises HypervisorError: the state could not be loaded; the guest did not run.
+        :cancellation: nothing is left, until the guest runs.
+        """
+        request = RestoreRequest(
+            path=os.fspath(path), paused=paused, definition=definition, admit=self.host.require_free
+        )
+        info = await self.hooks.call("domain_restore", request, DomainInfo)
+        return Domain(self, info.name, info.uuid)
+
+    async def statistics(self, domains: Iterable[Domain] | None = None) -> dict[DomainUUID, DomainStatistics]:
+        """Counters of several domains now; one that is gone meanwhile is left out.
+
+        :param domains: of this connection; None is all.
+        """
+        uuids = None if domains is None else tuple(dict.fromkeys(domain.uuid for domain in domains))
+        if self.hooks.has("host_statistics"):
+            return await self.hooks.call("host_statistics", StatisticsRequest(uuids=uuids), dict)
+        asked = [d for d in await self.list_domains() if uuids is None or d.uuid in uuids]
+        found: dict[DomainUUID, DomainStatistics] = {}
+        limiter = anyio.CapacityLimiter(_ASKED_AT_ONCE)
+        failures: list[Exception] = []
+
+        async def ask(domain: Domain) -> None:
+            async with limiter:
+                if failures:
+                    return
+                try:
+                    found[domain.uuid] = await domain.statistics()
+                except DomainNotFoundError:
+                    _log.debug("domain %s is gone", domain.name)
+                except FerrymanError as error:
+                    failures.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            for domain in asked:
+                tasks.start_soon(ask, domain)
+        if failures:
+            # Not from inside the task group, which would wrap it in an ExceptionGroup.
+            raise failures[0]
+        return {domain.uuid: found[domain.uuid] for domain in asked if domain.uuid in found}
 
     @contextmanager
     def events(self) -> Iterator[AsyncIterator[DomainEvent]]:
@@ -295,29 +385,140 @@ class Domain:
         """Counters now."""
         return await self.connection.hooks.call("domain_statistics", self._request(), DomainStatistics)
 
-    async def start(self, *, paused: bool = False) -> None:
-        """Start a persistent domain. :raises DomainStateError: it is active."""
-        await self._change("domain_start", DomainInfo, paused=paused)
+    async def start(self, *, paused: bool = False, autodestroy: bool = False) -> None:
+        """Start a persistent domain.
+
+        :param paused: leave it paused.
+        :param autodestroy: destroy it when this connection closes, or when the program dies.
+        :raises DomainStateError: it is active.
+        """
+        request = DomainRequest(uuid=self.uuid, name=self.name, paused=paused, autodestroy=autodestroy)
+        await self._change("domain_start", request, DomainInfo)
 
     async def suspend(self) -> None:
         """Pause the guest; a paused one stays paused."""
-        await self._change("domain_suspend", type(None))
+        await self._change("domain_suspend", self._request(), type(None))
 
     async def resume(self) -> None:
         """Run a paused guest; a running one goes on."""
-        await self._change("domain_resume", type(None))
+        await self._change("domain_resume", self._request(), type(None))
 
-    async def shutdown(self) -> None:
-        """Ask the guest to shut down; returns before it has."""
-        await self._change("domain_shutdown", type(None))
+    async def shutdown(self, mode: ShutdownMode = ShutdownMode.DEFAULT) -> None:
+        """Ask the guest to shut down; returns before it has, and the event ``shut-down`` says when it has.
+
+        :raises DomainStateError: it is shut off, or has no agent where the mode asks for one.
+        """
+        request = ShutdownRequest(uuid=self.uuid, name=self.name, mode=mode)
+        await self._change("domain_shutdown", request, type(None))
+
+    async def reboot(self, mode: ShutdownMode = ShutdownMode.DEFAULT) -> None:
+        """Ask the guest to shut down and to boot again; returns before it has.
+
+        The event ``rebooted`` says when it boots; a guest that ignores it goes on.
+
+        :raises DomainStateError: as :meth:`shutdown`.
+        """
+        request = ShutdownRequest(uuid=self.uuid, name=self.name, mode=mode)
+        await self._change("domain_reboot", request, type(None))
+
+    async def reset(self) -> None:
+        """Reset the machine, as its reset button does; a paused guest stays paused."""
+        await self._change("domain_reset", self._request(), type(None))
+
+    async def set_autostart(self, enabled: bool) -> None:  # noqa: FBT001 - the name of the method says it
+        """Start the domain at the first opening of its host after each boot, or no longer.
+
+        :raises DomainStateError: it is transient.
+        """
+        request = AutostartRequest(uuid=self.uuid, name=self.name, enabled=enabled)
+        await self._change("domain_autostart", request, type(None))
+
+    async def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the guest's state into a file and end it; :meth:`Connection.restore` runs it again.
+
+        :param path: on the domain's host; a file that is there is replaced.
+        :raises DomainStateError: it is shut off, or cannot be saved in the state it is in.
+        :raises HypervisorError: the guest goes on as before, and there is no new file.
+        :cancellation: the same, while the state is being written; afterwards the save is completed.
+        """
+        request = SaveRequest(uuid=self.uuid, name=self.name, path=os.fspath(path))
+        await self._change("domain_save", request, type(None))
+
+    async def screenshot(self, screen: int = 0) -> Screenshot:
+        """Take a picture of the guest's screen.
+
+        :param screen: its number, from 0.
+        :raises DomainStateError: it is shut off, or has no such screen.
+        """
+        request = ScreenshotRequest(uuid=self.uuid, name=self.name, screen=screen)
+        return await self.connection.hooks.call("domain_screenshot", request, Screenshot)
+
+    @asynccontextmanager
+    async def console(self, device: str | None = None) -> AsyncIterator[ByteStream]:
+        """Connect to the guest's console for the length of a block.
+
+        The stream raises :class:`anyio.EndOfStream` when the guest has ended.
+
+        :param device: its alias in the definition; None is the first console or serial port.
+        :raises DomainStateError: it is shut off, has no such console, or somebody else is connected to it.
+        """
+        request = ConsoleRequest(uuid=self.uuid, name=self.name, device=device)
+        stream = await self.connection.hooks.call("domain_console", request, ByteStream)
+        async with stream:
+            yield stream
+
+    async def set_memory(self, memory_bytes: int, scope: Scope = Scope.CURRENT) -> None:
+        """Change how much of its memory the guest has to itself; it gives the rest back in its own time.
+
+        :param memory_bytes: above 0, up to the definition's memory.
+        :raises OptionError: it is not. :raises DomainStateError: the scope asks for what the domain does not have.
+        """
+        if type(memory_bytes) is not int or memory_bytes <= 0:
+            raise OptionError(
+                f"memory_bytes must be a whole number of bytes above 0, not {memory_bytes!r:.80}",
+                option="memory_bytes",
+            )
+        request = MemoryRequest(uuid=self.uuid, name=self.name, memory_bytes=memory_bytes, scope=scope)
+        await self._change("domain_set_memory", request, type(None))
+
+    async def agent_command(
+        self, name: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0
+    ) -> Any:
+        """Give a command to the agent inside the guest, and return its answer, JSON as Python has it.
+
+        :param timeout_s: limit for the answer, above 0.
+        :raises DomainStateError: it is shut off, or has no agent that is connected.
+        :raises HypervisorError: the agent refused, or did not answer in time or in its language.
+        :cancellation: the guest may have done it.
+        """
+        command: dict[str, Any] = {"execute": name}
+        if arguments is not None:
+            command["arguments"] = dict(arguments)
+        request = AgentRequest(uuid=self.uuid, name=self.name, command=command, timeout_s=timeout_s)
+        return await self.connection.hooks.call("domain_agent", request, object)
+
+    async def dirty_rate(self, duration_s: float = 1.0) -> int:
+        """Measure how fast the guest makes its memory stale, in bytes per second.
+
+        :param duration_s: above 0, up to 60; a driver may measure for longer.
+        :raises OptionError: it is not. :raises DomainStateError: the guest does not run.
+        :raises HypervisorError: it could not be measured.
+        """
+        if type(duration_s) not in (int, float) or not 0 < duration_s <= _MAX_DIRTY_RATE_S:
+            raise OptionError(
+                f"duration_s must be a number of seconds above 0 and up to {_MAX_DIRTY_RATE_S}, not {duration_s!r:.80}",
+                option="duration_s",
+            )
+        request = DirtyRateRequest(uuid=self.uuid, name=self.name, duration_s=duration_s)
+        return await self.connection.hooks.call("domain_dirty_rate", request, int)
 
     async def destroy(self) -> None:
         """End the guest at once, as pulling the plug does."""
-        await self._change("domain_destroy", type(None))
+        await self._change("domain_destroy", self._request(), type(None))
 
     async def undefine(self) -> None:
         """Forget the persistent definition; a running guest goes on and becomes transient."""
-        await self._change("domain_undefine", type(None))
+        await self._change("domain_undefine", self._request(), type(None))
 
     async def plan_migration(self, destination: Connection, options: MigrationOptions | None = None) -> Plan:
         """Check a migration against both hosts; changes nothing.
@@ -334,12 +535,12 @@ class Domain:
 
         return MigrationJob(self, destination, options or MigrationOptions())
 
-    def _request(self, *, paused: bool = False) -> DomainRequest:
-        return DomainRequest(uuid=self.uuid, name=self.name, paused=paused)
+    def _request(self) -> DomainRequest:
+        return DomainRequest(uuid=self.uuid, name=self.name)
 
-    async def _change(self, hook: str, expects: type[Any], *, paused: bool = False) -> None:
+    async def _change(self, hook: str, request: object, expects: type[Any]) -> None:
         self.connection.host.require_free(self.uuid, self.name)
-        await self.connection.hooks.call(hook, self._request(paused=paused), expects)
+        await self.connection.hooks.call(hook, request, expects)
 
 
 async def _enter_tasks(stack: AsyncExitStack) -> TaskGroup:

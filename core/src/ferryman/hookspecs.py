@@ -55,6 +55,9 @@ from ferryman.types import (
     MigrationEvent,
     MigrationId,
     MigrationOptions,
+    Scope,
+    Screenshot,
+    ShutdownMode,
     Side,
     TransferStatistics,
     Tuning,
@@ -64,7 +67,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from anyio.abc import TaskGroup
+    from anyio.abc import ByteStream, TaskGroup
 
     from ferryman.capabilities import Capabilities
     from ferryman.plan import Plan
@@ -123,10 +126,12 @@ class DefinitionRequest:
     """Make a domain from libvirt domain XML.
 
     :param paused: for ``domain_create``: leave it paused.
+    :param autodestroy: for ``domain_create``: end it when this connection closes, or when its program dies.
     """
 
     definition: str
     paused: bool = False
+    autodestroy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,11 +139,144 @@ class DomainRequest:
     """A request about one domain.
 
     :param paused: for ``domain_start``: leave it paused.
+    :param autodestroy: for ``domain_start``: end it when this connection closes, or when its program dies.
     """
 
     uuid: DomainUUID
     name: str
     paused: bool = False
+    autodestroy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShutdownRequest:
+    """Ask a guest to shut down, or to reboot."""
+
+    uuid: DomainUUID
+    name: str
+    mode: ShutdownMode = ShutdownMode.DEFAULT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutostartRequest:
+    """Start a domain when its host has booted, or no longer."""
+
+    uuid: DomainUUID
+    name: str
+    enabled: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BootRequest:
+    """The host is open, and what earlier programs left open is settled, as far as it can be.
+
+    :param admit: to be called with uuid and name before a domain is started; raises DomainBusyError where a migration
+        has locked it, which then stays shut off.
+    """
+
+    admit: Callable[[DomainUUID, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveRequest:
+    """Save a guest.
+
+    :param path: of the file, on the domain's host.
+    """
+
+    uuid: DomainUUID
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreRequest:
+    """Run a guest from a file.
+
+    :param path: of the file, on this host.
+    :param paused: leave it paused, or run it; None is as it was when it was saved.
+    :param definition: runs it instead of the saved one, of the same uuid and of the same machine; None keeps that.
+    :param admit: to be called with uuid and name as soon as they are known, and before anything is started; raises
+        DomainBusyError where a migration has locked that domain.
+    """
+
+    path: str
+    paused: bool | None
+    definition: str | None
+    admit: Callable[[DomainUUID, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenshotRequest:
+    """Take a picture of a guest's screen.
+
+    :param screen: its number, from 0.
+    """
+
+    uuid: DomainUUID
+    name: str
+    screen: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsoleRequest:
+    """Connect to a guest's console.
+
+    :param device: its alias in the definition; None is the first.
+    """
+
+    uuid: DomainUUID
+    name: str
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryRequest:
+    """Change how much memory a guest has to itself.
+
+    :param memory_bytes: above 0, and checked by the driver against the memory that the definition gives.
+    """
+
+    uuid: DomainUUID
+    name: str
+    memory_bytes: int
+    scope: Scope = Scope.CURRENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentRequest:
+    """Ask the guest agent.
+
+    :param command: as the agent takes it: ``execute`` and perhaps ``arguments``, JSON values all the way down.
+    :param timeout_s: limit for the answer, above 0.
+    """
+
+    uuid: DomainUUID
+    name: str
+    command: dict[str, Any]
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirtyRateRequest:
+    """Measure how fast a guest writes to its memory.
+
+    :param duration_s: above 0, up to 60; a driver may measure for longer, and says so where it is documented.
+    """
+
+    uuid: DomainUUID
+    name: str
+    duration_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatisticsRequest:
+    """Give the counters of several domains.
+
+    :param uuids: of which domains; None is all.
+    """
+
+    uuids: tuple[DomainUUID, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -398,6 +536,15 @@ class DriverHooks:
         raise NotImplementedError
 
     @hookspec
+    async def host_autostart(self, request: BootRequest) -> None:
+        """Start the domains that ``domain_autostart`` has marked, if the host was not opened since it booted.
+
+        Called once after each opening.  One that cannot be started is logged and hinders nobody.  Without it nothing
+        is started.
+        """
+        raise NotImplementedError
+
+    @hookspec
     async def domain_list(self, request: HostRequest) -> list[DomainInfo]:
         """List all domains, receivers of migrations left out.  Without it: not supported."""
         raise NotImplementedError
@@ -417,6 +564,8 @@ class DriverHooks:
     async def domain_define(self, request: DefinitionRequest) -> DomainInfo:
         """Make a persistent domain, shut off, or change its definition.  Without it: not supported.
 
+        The definition of an active domain is the one of its next start; a transient domain becomes persistent.
+
         :raises DefinitionError: an element is unknown or has a value that cannot be used.
         :raises DomainExistsError: the name belongs to another uuid.
         """
@@ -424,7 +573,14 @@ class DriverHooks:
 
     @hookspec
     async def domain_create(self, request: DefinitionRequest) -> DomainInfo:
-        """Make and start a transient domain.  Without it: not supported.  Errors as ``domain_define``."""
+        """Make and start a transient domain.  Without it: not supported.
+
+        The uuid of a persistent domain that is shut off runs that domain by this definition, which it does not keep.
+
+        :raises DefinitionError: as ``domain_define``.
+        :raises DomainExistsError: the name belongs to another uuid, or the domain is active.
+        :raises HypervisorError: it could not be started; nothing is left.
+        """
         raise NotImplementedError
 
     @hookspec
@@ -447,8 +603,112 @@ class DriverHooks:
         raise NotImplementedError
 
     @hookspec
-    async def domain_shutdown(self, request: DomainRequest) -> None:
-        """Ask the guest to shut down; returns before it has.  Without it: not supported."""
+    async def domain_shutdown(self, request: ShutdownRequest) -> None:
+        """Ask the guest to shut down; returns before it has.  Without it: not supported.
+
+        :raises DomainStateError: it is shut off, or has no agent where the mode asks for one.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_reboot(self, request: ShutdownRequest) -> None:
+        """Ask the guest to shut down and to boot again; returns before it has.  Without it: not supported.
+
+        A guest that ignores it goes on.  The domain stays active, whatever the definition's ``<on_poweroff>`` says.
+
+        :raises DomainStateError: as ``domain_shutdown``.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_reset(self, request: DomainRequest) -> None:
+        """Reset the machine, as its reset button does; a paused guest stays paused.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_autostart(self, request: AutostartRequest) -> None:
+        """Start a persistent domain at the first opening of its host after each boot, or no longer.
+
+        It is forgotten with the definition.  Without it: not supported.
+
+        :raises DomainStateError: it is transient.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_save(self, request: SaveRequest) -> None:
+        """Write a guest's state into a file and end it.  Without it: not supported.
+
+        The file appears whole or not at all; one that was there is replaced.
+
+        :raises DomainStateError: it is shut off, or cannot be saved in the state it is in.
+        :raises HypervisorError: the guest goes on as before, and there is no new file.
+        :cancellation: the same, while the state is being written; afterwards the save is completed.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_restore(self, request: RestoreRequest) -> DomainInfo:
+        """Run a guest from a file that ``domain_save`` wrote; the file stays.  Without it: not supported.
+
+        A domain that is not defined is transient.
+
+        :raises DefinitionError: the file holds no guest, is not whole, or the definition is of another machine.
+        :raises DomainExistsError: the domain is active, or the name belongs to another uuid.
+        :raises HypervisorError: the state could not be loaded; the guest did not run.
+        :cancellation: nothing is left, until the guest runs.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_screenshot(self, request: ScreenshotRequest) -> Screenshot:
+        """Take a picture of a screen.  Without it: not supported.
+
+        :raises DomainStateError: it is shut off, or has no such screen.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_console(self, request: ConsoleRequest) -> ByteStream:
+        """Connect to a console, which the caller closes.  Without it: not supported.
+
+        The stream ends when the guest does.
+
+        :raises DomainStateError: it is shut off, has no such console, or somebody else is connected to it.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_set_memory(self, request: MemoryRequest) -> None:
+        """Change how much of its memory a guest has to itself; it gives back the rest.  Without it: not supported.
+
+        A guest takes its time, and one without a balloon driver does nothing.
+
+        :raises OptionError: more than the definition's memory.
+        :raises DomainStateError: the scope asks for a guest or a definition that there is not.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_agent(self, request: AgentRequest) -> object:
+        """Give a command to the guest agent and return its answer, JSON as Python has it.  Without it: not supported.
+
+        What is answered late, or to nobody, is never taken for the answer to a later command.
+
+        :raises DomainStateError: it is shut off, or has no agent that is connected.
+        :raises HypervisorError: the agent refused, or did not answer in time or in its language.
+        :cancellation: the guest may have done it.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_dirty_rate(self, request: DirtyRateRequest) -> int:
+        """Measure how fast the guest makes its memory stale, in bytes per second.  Without it: not supported.
+
+        :raises DomainStateError: it does not run.
+        :raises HypervisorError: it could not be measured.
+        :cancellation: the measurement ends by itself.
+        """
         raise NotImplementedError
 
     @hookspec
@@ -469,6 +729,14 @@ class DriverHooks:
     @hookspec
     async def domain_statistics(self, request: DomainRequest) -> DomainStatistics:
         """Give the domain's counters.  Without it: not supported."""
+        raise NotImplementedError
+
+    @hookspec
+    async def host_statistics(self, request: StatisticsRequest) -> dict[DomainUUID, DomainStatistics]:
+        """Give the counters of several domains at once; one that is gone meanwhile is left out.
+
+        Without it the core asks for each by ``domain_statistics``, some at a time.
+        """
         raise NotImplementedError
 
     @hookspec

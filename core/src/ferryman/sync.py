@@ -14,6 +14,7 @@ abort, and ``KeyboardInterrupt`` is raised once the guest's place is settled.
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
@@ -23,10 +24,10 @@ import anyio
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 from ferryman import connection as _async
-from ferryman.types import MigrationOptions
+from ferryman.types import MigrationOptions, Scope, ShutdownMode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
     from ferryman import migration as _migration
     from ferryman import plan as _plan
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         MigrationEvent,
         MigrationId,
         MigrationResult,
+        Screenshot,
     )
     from ferryman.uri import ConnectionURI
 
@@ -154,9 +156,22 @@ class Connection:
         """See :meth:`ferryman.connection.Connection.define`."""
         return Domain(self, self._call(partial(self._connection.define, definition)))
 
-    def create(self, definition: str, *, paused: bool = False) -> Domain:
+    def create(self, definition: str, *, paused: bool = False, autodestroy: bool = False) -> Domain:
         """See :meth:`ferryman.connection.Connection.create`."""
-        return Domain(self, self._call(partial(self._connection.create, definition, paused=paused)))
+        make = partial(self._connection.create, definition, paused=paused, autodestroy=autodestroy)
+        return Domain(self, self._call(make))
+
+    def restore(
+        self, path: str | os.PathLike[str], *, paused: bool | None = None, definition: str | None = None
+    ) -> Domain:
+        """See :meth:`ferryman.connection.Connection.restore`."""
+        make = partial(self._connection.restore, path, paused=paused, definition=definition)
+        return Domain(self, self._call(make))
+
+    def statistics(self, domains: Iterable[Domain] | None = None) -> dict[DomainUUID, DomainStatistics]:
+        """See :meth:`ferryman.connection.Connection.statistics`."""
+        asked = None if domains is None else [domain._domain for domain in domains]
+        return self._call(partial(self._connection.statistics, asked))
 
     @contextmanager
     def events(self) -> Iterator[Iterator[DomainEvent]]:
@@ -214,9 +229,9 @@ class Domain:
         """See :meth:`ferryman.connection.Domain.statistics`."""
         return self._call(self._domain.statistics)
 
-    def start(self, *, paused: bool = False) -> None:
+    def start(self, *, paused: bool = False, autodestroy: bool = False) -> None:
         """See :meth:`ferryman.connection.Domain.start`."""
-        self._call(partial(self._domain.start, paused=paused))
+        self._call(partial(self._domain.start, paused=paused, autodestroy=autodestroy))
 
     def suspend(self) -> None:
         """See :meth:`ferryman.connection.Domain.suspend`."""
@@ -226,9 +241,53 @@ class Domain:
         """See :meth:`ferryman.connection.Domain.resume`."""
         self._call(self._domain.resume)
 
-    def shutdown(self) -> None:
+    def shutdown(self, mode: ShutdownMode = ShutdownMode.DEFAULT) -> None:
         """See :meth:`ferryman.connection.Domain.shutdown`."""
-        self._call(self._domain.shutdown)
+        self._call(partial(self._domain.shutdown, mode))
+
+    def reboot(self, mode: ShutdownMode = ShutdownMode.DEFAULT) -> None:
+        """See :meth:`ferryman.connection.Domain.reboot`."""
+        self._call(partial(self._domain.reboot, mode))
+
+    def reset(self) -> None:
+        """See :meth:`ferryman.connection.Domain.reset`."""
+        self._call(self._domain.reset)
+
+    def set_autostart(self, enabled: bool) -> None:  # noqa: FBT001 - the name of the method says it
+        """See :meth:`ferryman.connection.Domain.set_autostart`."""
+        self._call(partial(self._domain.set_autostart, enabled))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """See :meth:`ferryman.connection.Domain.save`."""
+        self._call(partial(self._domain.save, path))
+
+    def screenshot(self, screen: int = 0) -> Screenshot:
+        """See :meth:`ferryman.connection.Domain.screenshot`."""
+        return self._call(partial(self._domain.screenshot, screen))
+
+    @contextmanager
+    def console(self, device: str | None = None) -> Iterator[ByteStream]:
+        """See :meth:`ferryman.connection.Domain.console`; the stream's calls block."""
+        portal = self.connection._portal
+        if portal is None:
+            self._call(_never)
+        assert portal is not None
+        with _entered(portal, self._domain.console(device)) as stream:
+            yield ByteStream(self.connection, stream)
+
+    def set_memory(self, memory_bytes: int, scope: Scope = Scope.CURRENT) -> None:
+        """See :meth:`ferryman.connection.Domain.set_memory`."""
+        self._call(partial(self._domain.set_memory, memory_bytes, scope))
+
+    def agent_command(
+        self, name: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0
+    ) -> Any:
+        """See :meth:`ferryman.connection.Domain.agent_command`."""
+        return self._call(partial(self._domain.agent_command, name, arguments, timeout_s=timeout_s))
+
+    def dirty_rate(self, duration_s: float = 1.0) -> int:
+        """See :meth:`ferryman.connection.Domain.dirty_rate`."""
+        return self._call(partial(self._domain.dirty_rate, duration_s))
 
     def destroy(self) -> None:
         """See :meth:`ferryman.connection.Domain.destroy`."""
@@ -250,6 +309,22 @@ class Domain:
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
         return self.connection._call(ask)
+
+
+class ByteStream:
+    """A console's bytes, both ways; see :class:`anyio.abc.ByteStream`."""
+
+    def __init__(self, connection: Connection, stream: anyio.abc.ByteStream) -> None:
+        self._connection = connection
+        self._stream = stream
+
+    def send(self, data: bytes) -> None:
+        """Send all of it."""
+        self._connection._call(partial(self._stream.send, data))
+
+    def receive(self, max_bytes: int = 65536) -> bytes:
+        """Wait for some bytes. :raises anyio.EndOfStream: the guest has ended."""
+        return self._connection._call(partial(self._stream.receive, max_bytes))
 
 
 class Plan:

@@ -80,13 +80,56 @@ class DomainEventKind(Enum):
     DEFINED = "defined"
     UNDEFINED = "undefined"
     STARTED = "started"
+    """Its guest runs, or waits paused: after a start, a create or a restore, which ``detail`` tells apart."""
     SUSPENDED = "suspended"
     RESUMED = "resumed"
+    REBOOTED = "rebooted"
+    """The machine was reset, by the guest or by its host; the hypervisor's process is the same."""
+    PANICKED = "panicked"
+    """The guest's kernel gave up; what follows is the definition's ``<on_crash>``."""
+    MEMORY_CHANGED = "memory-changed"
+    """The balloon leaves the guest another amount of memory: ``detail`` is the number of bytes."""
     SHUT_DOWN = "shut-down"
+    """The guest shut itself down, asked or not."""
     DESTROYED = "destroyed"
+    """Its host ended it."""
+    SAVED = "saved"
+    """Its state is in a file, and it is shut off."""
     CRASHED = "crashed"
+    """The hypervisor's process ended by itself, or the guest panicked and was ended for it."""
     MIGRATED_IN = "migrated-in"
     MIGRATED_OUT = "migrated-out"
+
+
+class ShutdownMode(Enum):
+    """How a guest is asked to shut down or to reboot."""
+
+    DEFAULT = "default"
+    """Through the guest agent where it is connected, else by ACPI."""
+    ACPI = "acpi"
+    """By the power button, which the guest may ignore."""
+    AGENT = "agent"
+    """Through the guest agent."""
+
+
+class Scope(Enum):
+    """What a change of a domain is to reach."""
+
+    CURRENT = "current"
+    """The guest of an active domain, and the definition of one that is shut off."""
+    LIVE = "live"
+    """The guest, until it ends."""
+    CONFIG = "config"
+    """The persistent definition, from the next start on."""
+    BOTH = "both"
+
+    def reaches_guest(self, *, active: bool) -> bool:
+        """Whether the guest itself is to change."""
+        return self in (Scope.LIVE, Scope.BOTH) or (self is Scope.CURRENT and active)
+
+    def reaches_definition(self, *, active: bool) -> bool:
+        """Whether the persistent definition is to change."""
+        return self in (Scope.CONFIG, Scope.BOTH) or (self is Scope.CURRENT and not active)
 
 
 class Feature(Enum):
@@ -170,8 +213,13 @@ class Finding:
 class DomainInfo:
     """A domain as its host knows it now.
 
+    Two are equal where a migration planned for one still fits the other, so what may change meanwhile does not count.
+
     :param memory_bytes: memory that the guest is given at start.
     :param persistent: whether the definition outlives the guest.
+    :param autostart: whether the domain is started when its host has booted.
+    :param current_memory_bytes: memory that the balloon leaves the guest now.
+    :param max_vcpus: virtual processors that the guest can have without a restart.
     """
 
     name: str
@@ -180,6 +228,54 @@ class DomainInfo:
     persistent: bool
     memory_bytes: int
     vcpus: int
+    autostart: bool = field(default=False, compare=False)
+    current_memory_bytes: int | None = field(default=None, compare=False)
+    max_vcpus: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskStatistics:
+    """Counters of one disk since the guest was started on this host; None where the driver does not measure.
+
+    :param target: as the definition names it, such as ``vda``.
+    :param read_time_ns: time that all reads together have taken; likewise of writes and flushes.
+    :param capacity_bytes: size that the guest sees.
+    :param allocation_bytes: of that, what takes room on the host.
+    :param physical_bytes: size of the file or the device on the host.
+    """
+
+    target: str
+    read_requests: int | None = None
+    read_bytes: int | None = None
+    read_time_ns: int | None = None
+    write_requests: int | None = None
+    write_bytes: int | None = None
+    write_time_ns: int | None = None
+    flush_requests: int | None = None
+    flush_time_ns: int | None = None
+    capacity_bytes: int | None = None
+    allocation_bytes: int | None = None
+    physical_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InterfaceStatistics:
+    """Counters of one network interface as the guest sees it; None where the driver does not measure.
+
+    :param target: the interface's name on the host; '' where it has none.
+    :param mac: the guest's address, in lower case with colons.
+    """
+
+    target: str
+    mac: str = ""
+    rx_bytes: int | None = None
+    rx_packets: int | None = None
+    rx_errors: int | None = None
+    rx_drops: int | None = None
+    tx_bytes: int | None = None
+    tx_packets: int | None = None
+    tx_errors: int | None = None
+    tx_drops: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,11 +284,28 @@ class DomainStatistics:
 
     :param cpu_time_s: processor time that the hypervisor's process has used.
     :param resident_bytes: host memory in use by that process.
+    :param current_memory_bytes: memory that the balloon leaves the guest.
+    :param vcpu_time_s: processor time of each virtual processor, in their order; empty where it is not measured.
     """
 
     state: DomainState
     cpu_time_s: float | None = None
     resident_bytes: int | None = None
+    current_memory_bytes: int | None = None
+    vcpu_time_s: tuple[float, ...] = ()
+    disks: tuple[DiskStatistics, ...] = ()
+    interfaces: tuple[InterfaceStatistics, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Screenshot:
+    """A picture of a guest's screen.
+
+    :param media_type: such as ``image/png``.
+    """
+
+    media_type: str
+    data: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +313,7 @@ class DomainEvent:
     """Something happened to a domain.
 
     :param time_s: wall clock, seconds since the epoch; for people, never compared.
+    :param detail: why, in a word or two; of a crash the last that the hypervisor's process printed.
     """
 
     kind: DomainEventKind

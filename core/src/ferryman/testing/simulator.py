@@ -8,26 +8,30 @@ world's fault plan says so.
 
 from __future__ import annotations
 
+import json
 from array import array
 from typing import TYPE_CHECKING
 
 import anyio
 
 from ferryman.capabilities import Capabilities
-from ferryman.definition import Definition, parse_definition
+from ferryman.definition import Definition, parse_definition, read_memory
 from ferryman.errors import (
     ConnectError,
+    DefinitionError,
     DomainExistsError,
     DomainNotFoundError,
     DomainStateError,
     FinishError,
     HypervisorError,
     InDoubtError,
+    OptionError,
     PerformError,
     PrepareError,
 )
 from ferryman.hookspecs import (
     AbortRequest,
+    AutostartRequest,
     BeginReply,
     BeginRequest,
     CheckReply,
@@ -40,12 +44,17 @@ from ferryman.hookspecs import (
     FinishRequest,
     HostRequest,
     LookupRequest,
+    MemoryRequest,
     OpenReply,
     OpenRequest,
     PerformReply,
     PerformRequest,
     PrepareReply,
     PrepareRequest,
+    RestoreRequest,
+    SaveRequest,
+    ShutdownRequest,
+    StatisticsRequest,
     SweepRequest,
     TuneRequest,
     Verdict,
@@ -66,6 +75,7 @@ from ferryman.types import (
     FindingSeverity,
     GuestEvidence,
     GuestState,
+    ShutdownMode,
     Side,
     TransferEvidence,
     TransferStatistics,
@@ -85,6 +95,9 @@ _FIRST_PORT = 49_152
 _SENDING = (ProcessState.RUNNING, ProcessState.PAUSED)
 
 
+_SAVED = b"ferryman-test-save 1\n"
+
+
 class _StreamCut(Exception):
     """The link broke while something was being sent."""
 
@@ -97,6 +110,7 @@ class SimulatedDriver:
         self._host: HostState
         self._emit: Callable[[DomainEvent], None]
         self._limits: dict[str, tuple[int | None, int]] = {}
+        self._autodestroy: list[Process] = []
 
     # The host
 
@@ -109,6 +123,11 @@ class SimulatedDriver:
         self._host = self._world.host(parts[-1])
         self._emit = request.emit
         return OpenReply(journal=self._host.journal, address=f"test:///{self._world.name}/{self._host.name}")
+
+    @hookimpl
+    async def connection_close(self, request: HostRequest) -> None:
+        for process in list(self._autodestroy):
+            self._end(process, DomainEventKind.DESTROYED)
 
     @hookimpl
     async def capabilities(self, request: HostRequest) -> Capabilities:
@@ -150,6 +169,8 @@ class SimulatedDriver:
             persistent=uuid in self._host.defined,
             memory_bytes=definition.memory_bytes,
             vcpus=definition.vcpus,
+            autostart=uuid in self._host.autostart,
+            current_memory_bytes=_current_memory(definition) if process is not None else None,
         )
 
     def _require_info(self, uuid: DomainUUID, name: str = "") -> DomainInfo:
@@ -197,7 +218,7 @@ class SimulatedDriver:
         definition = self._read(request.definition)
         if self._host.active(definition.uuid) is not None:
             raise DomainExistsError(f"domain {definition.name} is active", domain=definition.name)
-        self._spawn(definition, paused=request.paused)
+        self._spawn(definition, paused=request.paused, autodestroy=request.autodestroy)
         return self._require_info(definition.uuid)
 
     @hookimpl
@@ -205,12 +226,15 @@ class SimulatedDriver:
         self._require_info(request.uuid, request.name)
         if self._host.active(request.uuid) is not None:
             raise DomainStateError(f"domain {request.name} is active already", domain=request.name)
-        self._spawn(parse_definition(self._host.defined[request.uuid]), paused=request.paused)
+        definition = parse_definition(self._host.defined[request.uuid])
+        self._spawn(definition, paused=request.paused, autodestroy=request.autodestroy)
         return self._require_info(request.uuid)
 
-    def _spawn(self, definition: Definition, *, paused: bool) -> None:
+    def _spawn(self, definition: Definition, *, paused: bool, autodestroy: bool) -> None:
         process = self._process(definition, ProcessState.PAUSED)
         self._host.processes[process.identity] = process
+        if autodestroy:
+            self._autodestroy.append(process)
         self._tell(DomainEventKind.STARTED, definition.name, definition.uuid)
         if not paused:
             self._world.run(process)
@@ -249,8 +273,110 @@ class SimulatedDriver:
             self._tell(DomainEventKind.RESUMED, request.name, request.uuid)
 
     @hookimpl
-    async def domain_shutdown(self, request: DomainRequest) -> None:
-        self._end(self._find(request.uuid, request.name), DomainEventKind.SHUT_DOWN)
+    async def domain_shutdown(self, request: ShutdownRequest) -> None:
+        self._end(self._asked(request), DomainEventKind.SHUT_DOWN)
+
+    @hookimpl
+    async def domain_reboot(self, request: ShutdownRequest) -> None:
+        self._reset(self._asked(request))
+
+    @hookimpl
+    async def domain_reset(self, request: DomainRequest) -> None:
+        self._reset(self._find(request.uuid, request.name))
+
+    def _asked(self, request: ShutdownRequest) -> Process:
+        process = self._find(request.uuid, request.name)
+        if request.mode is ShutdownMode.AGENT:
+            raise DomainStateError(f"domain {request.name} has no guest agent", domain=request.name)
+        return process
+
+    def _reset(self, process: Process) -> None:
+        process.memory = array("Q", bytes(8 * process.pages))
+        process.steps, process.owed = 0, 0.0
+        self._world.forget(process.uuid)
+        self._tell(DomainEventKind.REBOOTED, process.name, process.uuid)
+
+    @hookimpl
+    async def domain_autostart(self, request: AutostartRequest) -> None:
+        self._require_persistent(request.uuid, request.name)
+        if request.enabled:
+            self._host.autostart.add(request.uuid)
+        else:
+            self._host.autostart.discard(request.uuid)
+
+    @hookimpl
+    async def domain_set_memory(self, request: MemoryRequest) -> None:
+        info = self._require_info(request.uuid, request.name)
+        if request.memory_bytes > info.memory_bytes:
+            raise OptionError(
+                f"domain {request.name} has {info.memory_bytes} bytes of memory, less than {request.memory_bytes}",
+                option="memory_bytes",
+            )
+        process = self._host.active(request.uuid)
+        active = process is not None
+        text = str(request.memory_bytes // 1024)
+        if request.scope.reaches_guest(active=active):
+            process = self._find(request.uuid, request.name)
+        if request.scope.reaches_definition(active=active):
+            self._require_persistent(request.uuid, request.name)
+            edited = parse_definition(self._host.defined[request.uuid]).edited(currentMemory=text)
+            self._host.defined[request.uuid] = edited.render()
+        if process is not None and request.scope.reaches_guest(active=active):
+            process.definition = parse_definition(process.definition).edited(currentMemory=text).render()
+            self._tell(DomainEventKind.MEMORY_CHANGED, request.name, request.uuid, str(int(text) * 1024))
+
+    def _require_persistent(self, uuid: DomainUUID, name: str) -> None:
+        self._require_info(uuid, name)
+        if uuid not in self._host.defined:
+            raise DomainStateError(f"domain {name} is transient: it has no definition", domain=name)
+
+    @hookimpl
+    async def domain_save(self, request: SaveRequest) -> None:
+        process = self._find(request.uuid, request.name)
+        head = {
+            "definition": process.definition,
+            "running": process.state is ProcessState.RUNNING,
+            "steps": process.steps,
+            "owed": process.owed,
+        }
+        data = _SAVED + json.dumps(head).encode() + b"\n" + process.memory.tobytes()
+        path = anyio.Path(request.path)
+        unfinished = path.with_name(path.name + ".new")
+        try:
+            await unfinished.write_bytes(data)
+            await unfinished.rename(path)
+        except OSError as error:
+            raise HypervisorError(f"{path} cannot be written: {error.strerror}") from error
+        self._end(process, DomainEventKind.SAVED)
+
+    @hookimpl
+    async def domain_restore(self, request: RestoreRequest) -> DomainInfo:
+        try:
+            data = await anyio.Path(request.path).read_bytes()
+        except OSError as error:
+            raise DefinitionError(f"{request.path} cannot be read: {error.strerror}") from error
+        head, _newline, memory = data.removeprefix(_SAVED).partition(b"\n")
+        try:
+            told = json.loads(head if data.startswith(_SAVED) else b"")
+            text, running, steps, owed = (told[name] for name in ("definition", "running", "steps", "owed"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DefinitionError(f"{request.path} holds no guest of the simulated hypervisor") from error
+        saved = self._read(text)
+        definition = saved if request.definition is None else self._read(request.definition)
+        if definition.uuid != saved.uuid:
+            raise DefinitionError(f"{request.path} holds domain {saved.uuid}, not {definition.uuid}")
+        request.admit(definition.uuid, definition.name)
+        if self._host.active(definition.uuid) is not None:
+            raise DomainExistsError(f"domain {definition.name} is active", domain=definition.name)
+        process = self._process(definition, ProcessState.PAUSED)
+        if len(memory) != 8 * process.pages:
+            raise DefinitionError(f"{request.path} is not whole, or of a guest with other memory")
+        process.memory, process.steps, process.owed = array("Q", memory), steps, owed
+        self._host.processes[process.identity] = process
+        self._tell(DomainEventKind.STARTED, definition.name, definition.uuid, "restored")
+        if not (request.paused if request.paused is not None else not running):
+            self._world.run(process)
+        return self._require_info(definition.uuid)
 
     @hookimpl
     async def domain_destroy(self, request: DomainRequest) -> None:
@@ -260,6 +386,7 @@ class SimulatedDriver:
     async def domain_undefine(self, request: DomainRequest) -> None:
         if self._host.defined.pop(request.uuid, None) is None:
             raise DomainStateError(f"domain {request.name} is not persistent", domain=request.name)
+        self._host.autostart.discard(request.uuid)
         self._tell(DomainEventKind.UNDEFINED, request.name, request.uuid)
 
     @hookimpl
@@ -272,16 +399,27 @@ class SimulatedDriver:
 
     @hookimpl
     async def domain_statistics(self, request: DomainRequest) -> DomainStatistics:
-        return DomainStatistics(state=self._require_info(request.uuid, request.name).state)
+        return self._statistics(request.uuid, request.name)
+
+    @hookimpl
+    async def host_statistics(self, request: StatisticsRequest) -> dict[DomainUUID, DomainStatistics]:
+        asked = self._uuids() if request.uuids is None else request.uuids
+        return {uuid: self._statistics(uuid) for uuid in asked if self._info(uuid) is not None}
+
+    def _statistics(self, uuid: DomainUUID, name: str = "") -> DomainStatistics:
+        info = self._require_info(uuid, name)
+        return DomainStatistics(state=info.state, current_memory_bytes=info.current_memory_bytes)
 
     def _end(self, process: Process, kind: DomainEventKind) -> None:
         process.state = ProcessState.GONE
         self._host.processes.pop(process.identity, None)
+        if process in self._autodestroy:
+            self._autodestroy.remove(process)
         self._world.forget(process.uuid)
         self._tell(kind, process.name, process.uuid)
 
-    def _tell(self, kind: DomainEventKind, name: str, uuid: DomainUUID) -> None:
-        self._emit(DomainEvent(kind=kind, name=name, uuid=uuid, time_s=self._world.clock_s))
+    def _tell(self, kind: DomainEventKind, name: str, uuid: DomainUUID, detail: str = "") -> None:
+        self._emit(DomainEvent(kind=kind, name=name, uuid=uuid, time_s=self._world.clock_s, detail=detail))
 
     # Faults
 
@@ -316,7 +454,16 @@ class SimulatedDriver:
     @hookimpl
     async def migrate_check(self, request: CheckRequest) -> CheckReply:
         if request.side is Side.SOURCE:
-            return CheckReply()
+            if not any(process.uuid == request.domain.uuid for process in self._autodestroy):
+                return CheckReply()
+            bound = Finding(
+                code="autodestroy",
+                severity=FindingSeverity.BLOCKER,
+                side=Side.SOURCE,
+                message=f"domain {request.domain.name} ends with the connection that started it",
+                remedy="start it without autodestroy",
+            )
+            return CheckReply(findings=(bound,))
         used = sum(p.pages * PAGE_BYTES for p in self._host.processes.values())
         if used + request.domain.memory_bytes <= self._host.memory_bytes:
             return CheckReply()
@@ -466,6 +613,7 @@ class SimulatedDriver:
                 self._end(process, DomainEventKind.MIGRATED_OUT)
             if request.undefine:
                 self._host.defined.pop(request.uuid, None)
+                self._host.autostart.discard(request.uuid)
         elif process is not None and process.state in (ProcessState.HANDED_OVER, ProcessState.PAUSED):
             process.state = ProcessState.PAUSED
             if not request.paused:
@@ -570,3 +718,8 @@ class SimulatedDriver:
             guest=GuestEvidence.RUNNING if running else GuestEvidence.STOPPED,
             transfer=TransferEvidence(process.transfer),
         )
+
+
+def _current_memory(definition: Definition) -> int:
+    element = definition.root.find("currentMemory")
+    return definition.memory_bytes if element is None else read_memory(element)

@@ -71,6 +71,7 @@ class HostState:
     directory: tempfile.TemporaryDirectory[str]
     processes: dict[str, Process] = field(default_factory=dict)
     defined: dict[DomainUUID, str] = field(default_factory=dict)
+    autostart: set[DomainUUID] = field(default_factory=set)
     receivers: dict[int, Process] = field(default_factory=dict)
 
     @property
