@@ -54,8 +54,19 @@ DISTRIBUTIONS = {
 
 _STEP_TIMEOUT_S = 1800.0
 _SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
-_MODULES = ("acpi/button", "input/evdev")
-"""Drivers of the power button, by their place in the kernel's folder of drivers; the guests can do without."""
+_MODULES = (
+    "acpi/button",
+    "input/evdev",
+    "virtio/virtio",
+    "virtio/virtio_ring",
+    "virtio/virtio_pci_legacy_dev",
+    "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci",
+    "virtio/virtio_balloon",
+    "char/virtio_console",
+)
+"""Drivers of the power button, the balloon and the agent's channel, by their place in the kernel's folder of drivers;
+the guests can do without."""
 
 _KERNELS = ("linux-image-cloud-amd64", "linux-image-virtual")
 """Packages whose first dependency is the newest kernel for virtual machines, on Debian and on Ubuntu."""
@@ -100,6 +111,7 @@ _TEST_PROGRAMS = (
     Program(package="iptables", name="iptables-restore"),
     # It brings libvirt's schema of domain definitions too.
     Program(package="libvirt-clients", name="virsh"),
+    Program(package="qemu-guest-agent", name="qemu-ga"),
 )
 _BENCH_PROGRAMS = (
     *_TEST_PROGRAMS,
@@ -152,9 +164,9 @@ def set_up(root: Path, name: str) -> None:
                 _install_python(root, name)
     _install_programs(name, stage)
     kernel = root / ".cache/kernel/vmlinuz"
-    if stage.kernel and not kernel.exists():
+    if stage.kernel and not _kernel_ready(kernel):
         with _lock(root):
-            if not kernel.exists():
+            if not _kernel_ready(kernel):
                 _fetch_kernel(kernel)
 
 
@@ -376,6 +388,16 @@ def _apt_install(packages: list[str]) -> None:
 # The guest kernel
 
 
+def _kernel_ready(kernel: Path) -> bool:
+    """Say whether the kernel is there with the drivers of today's list, or whoever put it there brought his own."""
+    kept = kernel.with_name("kept")
+    return kernel.exists() and (not kept.exists() or kept.read_text() == _kept())
+
+
+def _kept() -> str:
+    return "\n".join(_MODULES)
+
+
 def _fetch_kernel(target: Path) -> None:
     """Unpack the newest kernel for virtual machines that Debian or Ubuntu has; needs no root, installs nothing."""
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
@@ -398,6 +420,7 @@ def _fetch_kernel(target: Path) -> None:
             _run([*_APT, *options, "update"])
             kernel = _download_kernel(folder, options)
         _keep_modules(folder / "tree", target.parent / "modules")
+        target.with_name("kept").write_text(_kept())
         # Last: the kernel stands for all of it.
         os.replace(kernel, target)
 

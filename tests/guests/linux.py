@@ -19,6 +19,9 @@ Debian's kernel for clouds has no virtio, disk or network driver built in, and n
 ACPI power button: this guest has no device but its serial port, and an ACPI shutdown reaches it only if the
 modules ``button`` and ``evdev`` of the same kernel lie beside it (:func:`find_modules`).
 
+With the guest agent (``build_initramfs(agent=True)``) it also has drivers of the agent's channel and of the balloon,
+and ``agent ok`` says that the agent was started; its ``/sbin/shutdown`` says ``shutdown`` before it acts.
+
 The initramfs is made here, without ``cpio``; it needs a statically linked ``busybox``. Standard library only.
 """
 
@@ -26,8 +29,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +48,16 @@ KERNEL_DIRECTORY = Path(__file__).parents[2] / ".cache" / "kernel"
 
 # In the order in which they are loaded.
 _MODULES = ("button.ko", "evdev.ko")
+
+_AGENT_MODULES = (
+    "virtio.ko",
+    "virtio_ring.ko",
+    "virtio_pci_legacy_dev.ko",
+    "virtio_pci_modern_dev.ko",
+    "virtio_pci.ko",
+    "virtio_balloon.ko",
+    "virtio_console.ko",
+)
 
 _PT_INTERP = 3
 
@@ -75,6 +90,15 @@ if [ -e /dev/input/event0 ] && grep -q '"Power Button"' /proc/bus/input/devices;
     while [ ! -e /mem/acpid.pid ]; do read -r -t 0.01 nothing <&3; done
 else
     echo no power button
+fi
+
+if [ -e /usr/sbin/qemu-ga ]; then
+    for port in /sys/class/virtio-ports/*; do
+        if [ "$(cat $port/name)" = org.qemu.guest_agent.0 ]; then
+            /usr/sbin/qemu-ga -m virtio-serial -p /dev/${port##*/} -t /mem -f /mem/agent.pid &
+            echo agent ok
+        fi
+    done
 fi
 
 seconds() {
@@ -130,6 +154,18 @@ exec poweroff -f
 """
 
 
+# The agent calls it as: shutdown -h -P|-r|-H +0 TEXT
+_SHUTDOWN = """\
+#!/bin/sh
+echo shutdown $2 >/dev/ttyS0
+case $2 in
+-P) exec poweroff -f ;;
+-r) exec reboot -f ;;
+*) exec halt -f ;;
+esac
+"""
+
+
 class _Entry(NamedTuple):
     name: str
     mode: int
@@ -160,13 +196,18 @@ def find_modules(directory: Path = KERNEL_DIRECTORY / "modules") -> tuple[Path, 
 
 
 def build_initramfs(
-    cache_directory: Path, *, busybox: Path | None = None, modules: Sequence[Path] | None = None
+    cache_directory: Path,
+    *,
+    busybox: Path | None = None,
+    modules: Sequence[Path] | None = None,
+    agent: bool = False,
 ) -> Path:
     """Return the initramfs in ``cache_directory``, made now unless the same content was made before.
 
     :param busybox: None takes the one on ``PATH``.
     :param modules: None takes those of :func:`find_modules`.
-    :raises FileNotFoundError: there is no ``busybox``.
+    :param agent: put this machine's ``qemu-ga`` into it, with its libraries and the drivers that it needs.
+    :raises FileNotFoundError: there is no ``busybox``, or no ``qemu-ga``.
     :raises ValueError: ``busybox`` is not a statically linked 64-bit program.
     """
     if busybox is None:
@@ -178,7 +219,17 @@ def build_initramfs(
     if not _is_static(program):
         raise ValueError(f"{busybox} is not statically linked; Debian has it in busybox-static")
     directory, executable, plain = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
-    names = ("bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "mem", "modules", "proc", "sys")
+    names = ["bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "mem", "modules", "proc", "sys"]
+    found_modules = [*(find_modules() if modules is None else modules)]
+    programs: list[_Entry] = []
+    if agent:
+        found_modules += [KERNEL_DIRECTORY / "modules" / name for name in _AGENT_MODULES]
+        programs = [
+            _Entry("sbin/shutdown", executable, _SHUTDOWN.encode()),
+            *(_Entry(str(path).lstrip("/"), executable, path.read_bytes()) for path in _agent_files()),
+        ]
+        parents = {str(parent) for entry in programs for parent in Path(entry.name).parents}
+        names += sorted(parents - {"."} - set(names))
     archive = make_cpio(
         [
             *(_Entry(name, directory) for name in names),
@@ -188,8 +239,9 @@ def build_initramfs(
             _Entry("etc/acpi/PWRF/00000080", executable, _POWER_BUTTON.encode()),
             *(
                 _Entry(f"modules/{index}-{path.name}", plain, path.read_bytes())
-                for index, path in enumerate(find_modules() if modules is None else modules)
+                for index, path in enumerate(found_modules)
             ),
+            *programs,
         ]
     )
     result = cache_directory / f"initramfs-{hashlib.sha256(archive).hexdigest()[:16]}.cpio"
@@ -199,6 +251,15 @@ def build_initramfs(
         unfinished.write_bytes(archive)
         unfinished.replace(result)
     return result
+
+
+def _agent_files() -> list[Path]:
+    """Return the guest agent and the libraries that it is linked with, by their paths on this machine."""
+    found = shutil.which("qemu-ga", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    if found is None:
+        raise FileNotFoundError("no qemu-ga on PATH; Debian has it in qemu-guest-agent")
+    listing = subprocess.run(["ldd", found], check=True, capture_output=True, text=True, timeout=30).stdout
+    return [Path("/usr/sbin/qemu-ga"), *(Path(path) for path in re.findall(r"(/\S+) \(0x", listing))]
 
 
 def _is_static(program: bytes) -> bool:

@@ -183,7 +183,8 @@ def test_without_root_the_demo_goes_on_and_names_the_command(
 def test_without_root_the_tests_stop_and_name_the_command(machine: Machine) -> None:
     machine.programs = {"apt-get", "qemu-system-x86_64", "nasm", "ip", "iptables-restore"}
     with pytest.raises(
-        SetupError, match="--no-install-recommends qemu-utils busybox-static libvirt-clients\n"
+        SetupError,
+        match="--no-install-recommends qemu-utils busybox-static libvirt-clients qemu-guest-agent\n",
     ):
         bootstrap.set_up(machine.root, "test")
     assert bootstrap.python_ready(machine.root, "test")
