@@ -50,8 +50,8 @@ KERNEL_DIRECTORY = Path(__file__).parents[2] / ".cache" / "kernel"
 _MODULES = ("button.ko", "evdev.ko")
 
 _AGENT_MODULES = (
-    "virtio.ko",
     "virtio_ring.ko",
+    "virtio.ko",
     "virtio_pci_legacy_dev.ko",
     "virtio_pci_modern_dev.ko",
     "virtio_pci.ko",
