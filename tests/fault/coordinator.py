@@ -78,6 +78,9 @@ class FarHost:
     async def switch(self, cookie: bytes) -> None:
         await self._call("switch", cookie)
 
+    async def mend(self, cookie: bytes) -> str:
+        return cast("str", await self._call("mend", cookie))
+
     async def give_up(self, migration_id: MigrationId) -> None:
         await self._call("give_up", migration_id)
 

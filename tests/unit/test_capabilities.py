@@ -68,7 +68,14 @@ HOST_XML = """\
       <persist/>
       <undefine_source/>
       <listen_address/>
+      <port_range/>
+      <streams/>
+      <compression/>
+      <zero_copy/>
+      <auto_converge/>
       <postcopy/>
+      <tls/>
+      <redefine/>
       <uri_transports>
         <uri_transport>tcp</uri_transport>
         <uri_transport>unix</uri_transport>

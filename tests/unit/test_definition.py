@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from ferryman.definition import (
     MAX_DEFINITION_BYTES,
     Definition,
+    arriving_definition,
     minimal_definition,
     parse_definition,
     read_memory,
-    rename_definition,
 )
 from ferryman.errors import DefinitionError
-from ferryman.types import DomainUUID
+from ferryman.types import DomainUUID, MigrationOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -345,7 +345,7 @@ def test_any_name_survives(name: str) -> None:
     renamed = original.renamed(name)
     assert fields(renamed) == ("kvm", name, UUID, 64 << 20, 2)
     assert fields(parse_definition(renamed.render())) == fields(renamed)
-    assert fields(parse_definition(rename_definition(GOOD, name))) == fields(renamed)
+    assert fields(parse_definition(arriving_definition(GOOD, MigrationOptions(name=name)))) == fields(renamed)
     # Nothing but the name is another one, and the original is what it was.
     assert (original.name, original.render()) == ("web", before)
     assert renamed.renamed("web").render() == before
@@ -365,7 +365,7 @@ BAD_NAMES = ["", " ", ".", "..", "a/b", "a\nb", "a\0", "\0", "\x01", "a\x7fb", "
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_a_name_that_cannot_be_used_is_refused(name: str) -> None:
     original = parse_definition(GOOD)
-    for rename in (original.renamed, lambda name: rename_definition(GOOD, name)):
+    for rename in (original.renamed, lambda name: arriving_definition(GOOD, MigrationOptions(name=name))):
         with pytest.raises(DefinitionError) as caught:
             rename(name)
         check_error(caught.value)

@@ -17,7 +17,7 @@ def anyio_backend() -> str:
 
 
 async def test_a_signal_to_a_process_that_is_gone_or_was_let_go_is_nothing(tmp_path: Path) -> None:
-    process = Process.spawn(["/bin/sleep", "1000"], output=tmp_path / "log", inherited=())
+    process = Process.spawn(["/bin/sleep", "1000"], output=tmp_path / "log", inherited=(), environment={})
     assert Process.find(process.identity) is not None
     process.signal(signal.SIGKILL)
     with anyio.fail_after(10):

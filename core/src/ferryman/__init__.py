@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ferryman.plan import Plan
     from ferryman.resolve import Resolution, Testimony
     from ferryman.types import (
+        Compression,
         DomainEvent,
         DomainInfo,
         DomainState,
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
         MigrationResult,
         Phase,
         PhaseEvent,
+        Postcopy,
         ProgressEvent,
         Scope,
         SettledEvent,
         ShutdownMode,
         Side,
+        TimeoutAction,
         TransferStatistics,
     )
     from ferryman.uri import ConnectionURI, MigrationURI
@@ -46,6 +49,9 @@ _HOMES = {
     "Connection": "connection",
     "Domain": "connection",
     "MigrationOptions": "types",
+    "Compression": "types",
+    "Postcopy": "types",
+    "TimeoutAction": "types",
     "MigrationJob": "migration",
     "MigrationResult": "types",
     "Plan": "plan",
@@ -80,6 +86,9 @@ __all__ = [
     "Connection",
     "Domain",
     "MigrationOptions",
+    "Compression",
+    "Postcopy",
+    "TimeoutAction",
     "MigrationJob",
     "MigrationResult",
     "Plan",

@@ -443,7 +443,14 @@ FEATURE_SIDES: Final[dict[Feature, tuple[Side, ...]]] = {
     Feature.PERSIST: _DESTINATION,
     Feature.UNDEFINE_SOURCE: _SOURCE,
     Feature.LISTEN_ADDRESS: _DESTINATION,
+    Feature.PORT_RANGE: _DESTINATION,
+    Feature.STREAMS: _BOTH,
+    Feature.COMPRESSION: _BOTH,
+    Feature.ZERO_COPY: _SOURCE,
+    Feature.AUTO_CONVERGE: _SOURCE,
     Feature.POSTCOPY: _BOTH,
+    Feature.TLS: _BOTH,
+    Feature.REDEFINE: _DESTINATION,
 }
 """The sides whose drivers must have a feature before a migration can use it."""
 

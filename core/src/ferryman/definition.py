@@ -21,6 +21,8 @@ from ferryman.types import DomainUUID
 if TYPE_CHECKING:
     from lxml.etree import _Element
 
+    from ferryman.types import MigrationOptions
+
 MAX_DEFINITION_BYTES = 1_048_576
 """A document longer than this is refused before it is parsed."""
 
@@ -153,9 +155,50 @@ def from_root(root: _Element) -> Definition:
     )
 
 
-def rename_definition(text: str, name: str) -> str:
-    """Give a definition another name."""
-    return parse_definition(text).renamed(name).render()
+def arriving_definition(text: str, options: MigrationOptions) -> str:
+    """Write the definition that the destination builds: the source's, with what the options change.
+
+    :raises DefinitionError: the options name a disk that is not there, or a definition of another domain.
+    """
+    asked = (options.name, options.destination_definition, options.disks, options.graphics_address)
+    if not any(asked):
+        return text
+    source = parse_definition(text)
+    definition = source
+    if options.destination_definition is not None:
+        definition = parse_definition(options.destination_definition)
+        if definition.uuid != source.uuid:
+            raise _error(
+                definition.root,
+                f"destination_definition is of domain {definition.uuid}, and {source.uuid} is to be migrated",
+            )
+    root = copy.deepcopy(definition.root)
+    for target, path in options.disks:
+        _move_disk(root, target, path)
+    if options.graphics_address is not None:
+        for graphics in root.iterfind("devices/graphics"):
+            for listen in graphics.findall("listen"):
+                graphics.remove(listen)
+            graphics.set("listen", options.graphics_address)
+    name = options.name or source.name
+    return from_root(root).edited(name=name).render()
+
+
+_SOURCES = {"file": "file", "block": "dev"}
+"""Attribute of a disk's source that is its path, by the disk's type."""
+
+
+def _move_disk(root: _Element, target: str, path: str) -> None:
+    for disk in root.iterfind("devices/disk"):
+        place, source = disk.find("target"), disk.find("source")
+        if place is None or place.get("dev") != target:
+            continue
+        attribute = _SOURCES.get(disk.get("type", "file"))
+        if source is None or attribute is None:
+            raise _error(disk, f"the disk {target} has no path that could be another one at the destination")
+        source.set(attribute, path)
+        return
+    raise _error(root, f"the options give a path for the disk {target}, which the domain does not have")
 
 
 def minimal_definition(

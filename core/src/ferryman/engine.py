@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, assert_never
 import anyio
 import anyio.to_thread
 
-from ferryman.definition import minimal_definition, rename_definition
+from ferryman.definition import arriving_definition, minimal_definition
 from ferryman.errors import (
     DomainBusyError,
     DomainNotFoundError,
     DomainStateError,
     FerrymanError,
     FinishError,
+    GuestLostError,
     HypervisorError,
     JournalError,
     MigrationNotFoundError,
@@ -53,6 +54,7 @@ from ferryman.handover import (
     decode_cookie,
     encode_cookie,
     fall_back,
+    names,
     recover,
     step,
 )
@@ -66,10 +68,13 @@ from ferryman.hookspecs import (
     EvidenceRequest,
     ExpectRequest,
     FinishRequest,
+    MendReply,
+    MendRequest,
     PerformReply,
     PerformRequest,
     PrepareReply,
     PrepareRequest,
+    ServeReply,
     SweepRequest,
     TuneRequest,
     Verdict,
@@ -104,6 +109,7 @@ T = TypeVar("T")
 
 _ASK_FIRST_S = 0.05
 _ASK_LONGEST_S = 30.0
+_MEND_LONGEST_S = 5.0
 _RECOVERY_ROUNDS = 8
 _DRIVER_PREFIX = "driver."
 
@@ -130,6 +136,7 @@ class Prepared:
 class Performed:
     """Perform's answer: a cookie that is the proof of stop, or ``kept``, or only a question.
 
+    :param switched: post-copy: pages are still to be sent when the destination has claimed the guest.
     :param error: why there is no proof, or None.
     """
 
@@ -137,6 +144,7 @@ class Performed:
     cookie: bytes
     statistics: TransferStatistics
     stopped_for_ms: float | None = None
+    switched: bool = False
     error: FerrymanError | None = None
 
 
@@ -160,6 +168,7 @@ class Confirmed:
     """What the source made of the decision.
 
     :param kind: ``kept`` or ``given``, or ``pending`` where the paper decided nothing.
+    :param guest_gone: kept, but its process is gone; or given, and a half was lost before the other had every page.
     """
 
     kind: PaperKind
@@ -215,6 +224,9 @@ class Endpoint(Protocol):
     async def switch(self, cookie: bytes) -> None:
         """Switch a running transfer to post-copy, with the destination's pledge."""
 
+    async def mend(self, cookie: bytes) -> str:
+        """Let the destination wait anew for the rest of a guest, after the stream broke in post-copy."""
+
     async def give_up(self, migration_id: MigrationId) -> None:
         """End a migration whose transfer has not begun, or cancel the transfer."""
 
@@ -254,6 +266,10 @@ class _Run:
     recovered: bool = False
     """It was open when the host was opened, so nobody drives it."""
     abort_asked: bool = False
+    lost: bool = False
+    """Post-copy: a half of the guest went while the other needed it."""
+    serving: anyio.Event | None = None
+    """Post-copy: set when the destination has every page; None before there is anything to serve."""
     done: bool = False
 
 
@@ -431,6 +447,7 @@ class Host:
             cookie=self._cookie(run, kind),
             statistics=reply.statistics if reply is not None else TransferStatistics(),
             stopped_for_ms=reply.stopped_for_ms if reply is not None else None,
+            switched=reply is not None and reply.switched,
             error=run.failure,
         )
 
@@ -444,8 +461,9 @@ class Host:
     async def confirm(self, cookie: bytes) -> Confirmed:
         """Let go with the claim, resume with the refusal; any other paper changes nothing.
 
+        :returns: in post-copy only when every page has come.
         :raises ConfirmError: the paper decided, but the source could not act on it; the next opening tries again.
-        :cancellation: shielded.
+        :cancellation: shielded, but for the wait for the pages, which go on being sent.
         """
         answer = decode_cookie(cookie)
         run = await self._run(Side.SOURCE, answer.paper)
@@ -459,8 +477,13 @@ class Host:
                 if given is None:
                     return Confirmed(kind=PaperKind.PENDING)
                 kind = await self._answer(run, given)
+        if run.serving is not None:
+            await run.serving.wait()
+            kind = PaperKind.GIVEN
         return Confirmed(
-            kind=kind, statistics=run.confirm_reply.statistics, guest_gone=run.confirm_reply.guest_gone
+            kind=kind,
+            statistics=run.confirm_reply.statistics,
+            guest_gone=run.lost or run.confirm_reply.guest_gone,
         )
 
     async def inquire(self, cookie: bytes) -> bytes:
@@ -489,6 +512,7 @@ class Host:
         :raises PaperError: the cookie is no pledge for this migration. :raises DomainStateError: nothing is sent here.
         """
         pledge = decode_cookie(cookie).paper
+        await self._await_sending(pledge.migration_id)
         run = self._runs.get((Side.SOURCE, pledge.migration_id))
         if run is None or run.transfer is None:
             raise DomainStateError(
@@ -500,6 +524,24 @@ class Host:
             raise PaperError("the cookie is no pledge for this migration")
         # Without the run's lock, which the transfer holds: the step changes neither state nor journal.
         await self._feed(run, Input.PLEDGED)
+
+    async def mend(self, cookie: bytes) -> str:
+        """Post-copy, at the destination: wait for the source anew, after the stream broke.
+
+        :returns: the migration URI where it waits.
+        :raises PaperError: the cookie names no migration whose guest was claimed here.
+        :raises HypervisorError: the stream is not broken, or nothing can be done about it.
+        """
+        paper = decode_cookie(cookie).paper
+        run = await self._run(Side.DESTINATION, paper)
+        if run is None or run.row.record is not Record.CLAIMED or not names(run.row, paper):
+            raise PaperError(f"migration {paper.migration_id} has brought no guest here")
+        reply = await self._hooks.call("migrate_mend", self._mend_request(run, None), MendReply)
+        if reply.migration_uri is None:
+            raise HypervisorError(
+                f"the hook migrate_mend of {self._hooks.distribution} does not say where it waits"
+            )
+        return reply.migration_uri
 
     async def give_up(self, migration_id: MigrationId) -> None:
         """End a migration before its transfer, or cancel the transfer: then perform answers what came of it."""
@@ -515,14 +557,19 @@ class Host:
                 if run.state is State.BEGUN:
                     await self._feed(run, Input.GIVE_UP)
 
+    async def _await_sending(self, migration_id: MigrationId) -> None:
+        """Wait until the transfer of a migration has begun, or will not."""
+        run = self._runs.get((Side.SOURCE, migration_id))
+        if run is not None and run.state in (State.BEGUN, State.HANDING):
+            await run.sending.wait()
+
     async def tune(self, migration_id: MigrationId, tuning: Tuning) -> None:
         """Change a running transfer.
 
         :raises DomainStateError: no transfer of that migration runs here.
         """
+        await self._await_sending(migration_id)
         run = self._runs.get((Side.SOURCE, migration_id))
-        if run is not None and run.state in (State.BEGUN, State.HANDING):
-            await run.sending.wait()
         if run is None or run.transfer is None:
             raise DomainStateError(
                 f"migration {migration_id} is not sending, so there is nothing to change",
@@ -549,7 +596,7 @@ class Host:
                 id=migration_id,
                 uuid=domain.uuid,
                 name=options.name or domain.name,
-                definition=rename_definition(definition, options.name) if options.name else definition,
+                definition=arriving_definition(definition, options),
                 options=options,
             )
             await self._hooks.call("migrate_expect", request, type(None))
@@ -585,7 +632,7 @@ class Host:
                 id=paper.migration_id,
                 uuid=domain.uuid,
                 name=name,
-                definition=rename_definition(definition, name) if options.name else definition,
+                definition=arriving_definition(definition, options),
                 migration_uri=options.migration_uri,
                 paused=paused,
                 options=options,
@@ -764,8 +811,10 @@ class Host:
                 tuning = Tuning(postcopy=True)
                 await self._hooks.call("migrate_tune", self._tune_request(run, tuning), type(None))
             case Action.SERVE_PAGES:
-                await self._hook_unless_missing("migrate_serve", self._evidence_request(run))
-                return Input.SERVED
+                if not self._hooks.has("migrate_serve"):
+                    return Input.SERVED
+                run.serving = anyio.Event()
+                self._start(lambda: self._serve(run))
             case Action.DESTROY_RECEIVER:
                 await self._limited(
                     run, "migrate_finish", self._finish_request(run, Verdict.DISCARD), type(None)
@@ -781,6 +830,68 @@ class Host:
             case _:
                 assert_never(action)
         return None
+
+    async def _serve(self, run: _Run) -> None:
+        """Post-copy: wait until the destination has every page, and mend the stream whenever it breaks."""
+        assert run.serving is not None
+        wait_s = _ASK_FIRST_S
+        while True:
+            try:
+                reply = await self._hooks.call("migrate_serve", self._evidence_request(run), ServeReply)
+                run.lost = reply.lost
+                if not reply.broken:
+                    await self._served(run)
+                    break
+                await self._mend(run)
+                wait_s = _ASK_FIRST_S
+            except GuestLostError:
+                run.lost = True
+            except FerrymanError as error:
+                _log.warning(
+                    "the pages of domain %s do not come through at the moment, both halves of the guest wait: %s",
+                    run.row.name,
+                    error,
+                )
+            if run.lost:
+                await self._served(run)
+                break
+            await anyio.sleep(wait_s)
+            wait_s = min(wait_s * 2, _MEND_LONGEST_S)
+        run.serving.set()
+
+    async def _served(self, run: _Run) -> None:
+        """Let the source's half go; what fails here is done again by the next opening."""
+        if run.lost:
+            _log.error(
+                "one half of domain %s is gone while pages were needed: the guest is lost", run.row.name
+            )
+        try:
+            async with run.lock:
+                with anyio.CancelScope(shield=True):
+                    await self._feed(run, Input.SERVED)
+        except FerrymanError as error:
+            _log.warning("the copy of domain %s could not be removed yet: %s", run.row.name, error)
+
+    async def _mend(self, run: _Run) -> None:
+        """Connect the two halves anew: the destination says where it waits, then the source connects."""
+        question = self._cookie(run, PaperKind.ASK)
+        uris: list[str] = []
+
+        async def ask(destination: Endpoint) -> None:
+            uris.append(await destination.mend(question))
+
+        await self._peer(run.row.peer_address, ask)
+        await self._hooks.call("migrate_mend", self._mend_request(run, uris[0]), MendReply)
+
+    def _mend_request(self, run: _Run, migration_uri: str | None) -> MendRequest:
+        return MendRequest(
+            id=run.row.migration_id,
+            uuid=run.row.uuid,
+            side=run.side,
+            process=run.row.process,
+            options=run.options,
+            migration_uri=migration_uri,
+        )
 
     async def _start_receiver(self, run: _Run) -> Input:
         request = run.prepare_request
@@ -954,7 +1065,11 @@ class Host:
     async def _recover(self, run: _Run) -> None:
         """Feed what the evidence says until the row is settled, waits for the other side, or nobody knows more."""
         for _ in range(_RECOVERY_ROUNDS):
-            if run.done or run.state in (State.STOPPED, State.SWITCHED, State.BEREFT):
+            if (
+                run.done
+                or run.serving is not None
+                or run.state in (State.STOPPED, State.SWITCHED, State.BEREFT)
+            ):
                 return
             given = await self._look(run)
             if given is None:

@@ -286,6 +286,7 @@ class CheckRequest:
     :param source: the source's capabilities.
     :param destination: the destination's capabilities.
     :param definition: the domain's definition, as the destination would get it.
+    :param source_definition: the same as the source has it.
     :param options: those in effect, best-effort ones that are not supported already dropped.
     :param facts: at the destination: what the source's check told; empty at the source, which is asked first.
     """
@@ -296,6 +297,7 @@ class CheckRequest:
     options: MigrationOptions
     source: Capabilities
     destination: Capabilities
+    source_definition: str = ""
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -481,6 +483,46 @@ class TuneRequest:
     uuid: DomainUUID
     process: str
     tuning: Tuning
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeReply:
+    """How far the pages of a guest in post-copy have come.
+
+    Neither is set when nothing is left to do.
+
+    :param broken: the stream broke while pages were needed, and both halves wait.
+    :param lost: the half here is gone, and pages were needed.
+    """
+
+    broken: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MendRequest:
+    """Mend a stream that broke in post-copy.
+
+    :param process: the guest's process on this side.
+    :param migration_uri: at the source: where the destination waits now; None at the destination, which is asked first.
+    """
+
+    id: MigrationId
+    uuid: DomainUUID
+    side: Side
+    process: str
+    options: MigrationOptions
+    migration_uri: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MendReply:
+    """What came of it.
+
+    :param migration_uri: from the destination: where the source connects to now.
+    """
+
+    migration_uri: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -826,13 +868,27 @@ class DriverHooks:
         raise NotImplementedError
 
     @hookspec
-    async def migrate_serve(self, request: EvidenceRequest) -> None:
-        """Post-copy, at the source: wait until every page has come, or until the process is gone.
+    async def migrate_serve(self, request: EvidenceRequest) -> ServeReply:
+        """Post-copy, at the source: wait until every page has come, the stream broke, or the process is gone.
 
-        Called when the destination has claimed the guest, and again after a restart; the copy is destroyed afterwards.
-        Needed by a driver whose ``migrate_perform`` can answer ``switched``, and by no other.
+        Called when the destination has claimed the guest, and again after a restart and after the stream was mended;
+        the copy is destroyed once nothing is left to do.  Needed by a driver whose ``migrate_perform`` can answer
+        ``switched``, and by no other.
 
         :raises HypervisorError: it is not known yet; called again later.
+        :cancellation: ends the wait; the pages go on being sent.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def migrate_mend(self, request: MendRequest) -> MendReply:
+        """Post-copy: connect the halves of a guest anew, after their stream broke.
+
+        The destination is asked first, and waits for the source; then the source connects.  Without it a broken stream
+        loses the guest.
+
+        :raises GuestLostError: the half here is gone: the guest is lost, as the plan said that it can be.
+        :raises HypervisorError: the halves still wait; it is tried again.
         """
         raise NotImplementedError
 

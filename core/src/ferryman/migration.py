@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Self
 
 import anyio
 
-from ferryman.engine import Finished, Performed, Prepared, new_migration_id
+from ferryman.engine import Confirmed, Finished, Performed, Prepared, new_migration_id
 from ferryman.errors import (
     BeginError,
     ConfirmError,
     DomainNotFoundError,
+    DomainStateError,
     FerrymanError,
     FinishError,
     GuestLostError,
@@ -46,7 +47,7 @@ from ferryman.errors import (
     PrepareError,
 )
 from ferryman.handover import Cookie, PaperKind, decode_cookie, encode_cookie
-from ferryman.hookspecs import ObservedEvent
+from ferryman.hookspecs import DomainRequest, ObservedEvent
 from ferryman.plan import make_plan
 from ferryman.types import (
     DomainInfo,
@@ -58,9 +59,11 @@ from ferryman.types import (
     MigrationResult,
     Phase,
     PhaseEvent,
+    Postcopy,
     ProgressEvent,
     SettledEvent,
     Side,
+    TimeoutAction,
     TransferStatistics,
     Tuning,
 )
@@ -71,7 +74,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from ferryman.connection import Connection, Domain
-    from ferryman.engine import Begun, Confirmed
+    from ferryman.engine import Begun
     from ferryman.plan import Plan
 
 _log = logging.getLogger(__name__)
@@ -124,6 +127,7 @@ class MigrationJob:
         self.options = options
         self.plan = plan
         self.id: MigrationId | None = None
+        self.timed_out = False
         self._shown = plan
         self._tasks: TaskGroup | None = None
         self._result: MigrationResult | None = None
@@ -132,6 +136,9 @@ class MigrationJob:
         self._done = anyio.Event()
         self._changed = anyio.Event()
         self._sending = anyio.Event()
+        self._first_pass = anyio.Event()
+        self._performed = anyio.Event()
+        self._receipt: bytes | None = None
         self._abort_asked = anyio.Event()
         self._phase_scope: anyio.CancelScope | None = None
         self._own_id = new_migration_id()
@@ -236,9 +243,44 @@ class MigrationJob:
         """Change the longest stop that the hypervisor may plan for.  Errors as :meth:`set_bandwidth`."""
         await self._tune(Tuning(max_downtime_ms=max_downtime_ms), Feature.MAX_DOWNTIME_IN_FLIGHT)
 
+    async def set_postcopy_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
+        """Change the cap of what is sent in post-copy; 0 removes it.  Errors as :meth:`set_bandwidth`."""
+        await self._tune(Tuning(postcopy_bandwidth_bytes_per_s=bandwidth_bytes_per_s), Feature.POSTCOPY)
+
     async def switch_to_postcopy(self) -> None:
-        """Switch to post-copy.  Errors as :meth:`set_bandwidth`."""
-        await self._tune(Tuning(postcopy=True), Feature.POSTCOPY)
+        """Let the guest go on at the destination now, and the rest of its memory follow.
+
+        From here on the guest is lost if either host is, or the network between them for good.  The destination pledges
+        itself first, durably; a transfer that ends meanwhile needs no switch, which is no error.
+
+        :raises NotSupportedError: the drivers cannot, or the option ``postcopy`` did not allow it.
+        :raises MigrationError: the migration has ended, or the destination does not pledge itself; nothing was changed.
+        """
+        await self._sending.wait()
+        if self.plan is None or self.id is None:
+            assert self._error is not None
+            raise self._error
+        if self.plan.effective.postcopy is None:
+            raise NotSupportedError(
+                "post-copy was not allowed when the migration began: set the option postcopy"
+            )
+        source = self.plan.source.host
+        if self._receipt is None or self._performed.is_set():
+            return
+        finished = await self.plan.destination.host.decide(_with_kind(self._receipt, PaperKind.SWITCH))
+        if finished.kind is not PaperKind.PLEDGE:
+            raise PerformError(
+                f"the destination does not pledge itself: {finished.reason or finished.kind.value}",
+                phase=Phase.PERFORM,
+                side=Side.DESTINATION,
+                domain=self.domain.name,
+                guest_state=GuestState.SOURCE,
+            )
+        try:
+            await source.switch(finished.cookie)
+        except DomainStateError:
+            if not self._performed.is_set():
+                raise
 
     async def _tune(self, tuning: Tuning, feature: Feature) -> None:
         source = self.domain.connection
@@ -274,6 +316,8 @@ class MigrationJob:
                     # Everything that runs beside the phases ends by these.
                     self._expecting.cancel()
                     self._sending.set()
+                    self._performed.set()
+                    self._first_pass.set()
                     self._abort_asked.set()
                     self._done.set()
                     self._emit(SettledEvent(guest_state=state, elapsed_ms=self._elapsed_ms(), error=code))
@@ -330,12 +374,21 @@ class MigrationJob:
         beside.start_soon(self._renew, plan, begun.id)
         prepared = await self._prepare(plan, begun)
         setup_ms = self._elapsed_ms()
+        self._receipt = prepared.cookie
         beside.start_soon(self._abort_transfer, begun.id)
-        performed = await self._perform(plan, begun, prepared)
+        if plan.effective.timeout_s is not None:
+            beside.start_soon(self._watch_time, plan.effective.timeout_s, plan.effective.timeout_action)
+        if plan.effective.postcopy is Postcopy.AFTER_FIRST_PASS:
+            beside.start_soon(self._switch_after_first_pass)
+        try:
+            performed = await self._perform(plan, begun, prepared)
+        finally:
+            self._performed.set()
+            self._first_pass.set()
         sent_s = anyio.current_time()
         finished = await self._finish(plan, performed)
         decided_s = anyio.current_time()
-        confirmed = await self._confirm(plan, finished)
+        confirmed = await self._confirm(plan, finished, switched=performed.switched)
         statistics = confirmed.statistics or performed.statistics
         blackout_ms = None
         if performed.stopped_for_ms is not None:
@@ -472,17 +525,34 @@ class MigrationJob:
             raise self._in_doubt(Phase.FINISH, "the destination did not answer in time")
         return finished
 
-    async def _confirm(self, plan: Plan, finished: Finished) -> Confirmed:
+    async def _confirm(self, plan: Plan, finished: Finished, *, switched: bool) -> Confirmed:
         claimed = finished.kind is PaperKind.CLAIM
         owner = GuestState.DESTINATION if claimed else GuestState.SOURCE
+        # Whoever asks for an abort while pages are being sent does not wait for them: the source goes on by itself.
+        confirmed = Confirmed(kind=PaperKind.GIVEN)
         try:
-            with self._phase(Phase.CONFIRM, Side.SOURCE, guest=owner):
+            with self._phase(Phase.CONFIRM, Side.SOURCE, guest=owner), anyio.CancelScope() as waiting:
+                if switched and claimed:
+                    self._phase_scope = waiting
+                    if self._abort_asked.is_set():
+                        waiting.cancel()
                 confirmed = await plan.source.host.confirm(finished.cookie)
         except FerrymanError as error:
             raise self._failure(Phase.CONFIRM, Side.SOURCE, error, owner) from error
+        finally:
+            self._phase_scope = None
         if confirmed.kind is PaperKind.PENDING:
             raise self._in_doubt(
                 Phase.CONFIRM, f"the destination's answer {finished.kind.value} decides nothing"
+            )
+        if claimed and confirmed.guest_gone:
+            raise GuestLostError(
+                "the guest went on at the destination before all of its memory was there, and one of its halves"
+                " is gone now: it is lost; destroy the domain there",
+                phase=Phase.CONFIRM,
+                side=Side.SOURCE,
+                domain=plan.info.name,
+                guest_state=GuestState.GONE,
             )
         if claimed:
             return confirmed
@@ -544,6 +614,40 @@ class MigrationJob:
             self._rolled_back.append("the destination ended its receiver")
         return finished
 
+    async def _watch_time(self, limit_s: float, action: TimeoutAction) -> None:
+        """Do what was asked for with a transfer that takes too long."""
+        with anyio.move_on_after(limit_s):
+            await self._performed.wait()
+        if self._performed.is_set():
+            return
+        _log.info(
+            "the transfer of domain %s takes longer than %g s: %s", self.domain.name, limit_s, action.value
+        )
+        try:
+            match action:
+                case TimeoutAction.ABORT:
+                    self.timed_out = True
+                    self.abort()
+                case TimeoutAction.SUSPEND:
+                    # Not by Domain.suspend(), which leaves alone what a migration has locked.
+                    request = DomainRequest(uuid=self.domain.uuid, name=self.domain.name)
+                    await self.domain.connection.hooks.call("domain_suspend", request, type(None))
+                case TimeoutAction.POSTCOPY:
+                    await self.switch_to_postcopy()
+        except FerrymanError as error:
+            _log.warning(
+                "%s of domain %s after the time-out failed: %s", action.value, self.domain.name, error
+            )
+
+    async def _switch_after_first_pass(self) -> None:
+        await self._first_pass.wait()
+        if self._performed.is_set():
+            return
+        try:
+            await self.switch_to_postcopy()
+        except FerrymanError as error:
+            _log.warning("domain %s could not be switched to post-copy: %s", self.domain.name, error)
+
     async def _abort_transfer(self, migration_id: MigrationId) -> None:
         await self._abort_asked.wait()
         if not self._done.is_set():
@@ -580,7 +684,9 @@ class MigrationJob:
 
     def _abort_error(self, phase: Phase | None, side: Side | None) -> MigrationAbortedError:
         return MigrationAbortedError(
-            "the migration was aborted on request",
+            f"the transfer took longer than {self.options.timeout_s:g} s, and was aborted as the options say"
+            if self.timed_out
+            else "the migration was aborted on request",
             phase=phase,
             side=side,
             domain=self.domain.name,
@@ -639,6 +745,8 @@ class MigrationJob:
         return (anyio.current_time() - self._start_s) * 1000
 
     def _sample(self, statistics: TransferStatistics) -> None:
+        if (statistics.iteration or 0) > 1:
+            self._first_pass.set()
         self._emit(ProgressEvent(statistics=statistics, elapsed_ms=self._elapsed_ms()))
 
     def _emit(self, event: MigrationEvent) -> None:

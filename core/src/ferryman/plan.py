@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ferryman.capabilities import Negotiation, negotiate
-from ferryman.errors import DomainBusyError, DomainNotFoundError, FerrymanError, URIError
+from ferryman.definition import arriving_definition
+from ferryman.errors import DefinitionError, DomainBusyError, DomainNotFoundError, FerrymanError, URIError
 from ferryman.hookspecs import CheckReply, CheckRequest, LookupRequest
-from ferryman.types import DomainInfo, Finding, FindingSeverity, MigrationOptions, Side
+from ferryman.types import DomainInfo, Finding, FindingSeverity, MigrationOptions, Side, TimeoutAction
 from ferryman.uri import MigrationURI
 
 if TYPE_CHECKING:
@@ -139,10 +140,20 @@ async def make_plan(
     )
     negotiation = negotiate(able, able_there, options)
     used = negotiation.effective(options)
+    arriving, unusable = definition, []
+    try:
+        arriving = arriving_definition(definition, used)
+    except DefinitionError as error:
+        unusable = [
+            _blocker(
+                "definition-unusable", None, error.message, "change the options that change the definition"
+            )
+        ]
     request = CheckRequest(
         side=Side.SOURCE,
         domain=info,
-        definition=definition,
+        definition=arriving,
+        source_definition=definition,
         options=used,
         source=able,
         destination=able_there,
@@ -150,6 +161,8 @@ async def make_plan(
     findings = [
         *_check_pair(source, destination, info, negotiation, request),
         *_check_options(options, negotiation),
+        *_check_timeout(source, used),
+        *unusable,
         *_check_locks(source, destination, info),
     ]
     if likely is not None and not findings:
@@ -375,6 +388,30 @@ def _check_options(options: MigrationOptions, negotiation: Negotiation) -> list[
             f"leave {outcome.option} out, or name it in best_effort",
         )
         for outcome in negotiation.refused(options)
+    ]
+
+
+def _check_timeout(source: Connection, used: MigrationOptions) -> list[Finding]:
+    """See whether what is to be done after the time-out can be done."""
+    action = used.timeout_action
+    reason = ""
+    if used.timeout_s is not None and action is TimeoutAction.POSTCOPY and used.postcopy is None:
+        reason = "post-copy is not allowed in this migration"
+    if (
+        used.timeout_s is not None
+        and action is TimeoutAction.SUSPEND
+        and not source.hooks.has("domain_suspend")
+    ):
+        reason = "the source's driver does not suspend domains"
+    if not reason:
+        return []
+    return [
+        _blocker(
+            "option-unsupported",
+            None,
+            f"option timeout_action cannot be used: {reason}",
+            "choose another action",
+        )
     ]
 
 

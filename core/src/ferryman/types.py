@@ -149,6 +149,44 @@ class Feature(Enum):
     PERSIST = "persist"
     UNDEFINE_SOURCE = "undefine_source"
     LISTEN_ADDRESS = "listen_address"
+    PORT_RANGE = "port_range"
+    STREAMS = "streams"
+    COMPRESSION = "compression"
+    ZERO_COPY = "zero_copy"
+    AUTO_CONVERGE = "auto_converge"
+    POSTCOPY = "postcopy"
+    TLS = "tls"
+    REDEFINE = "redefine"
+
+
+class Compression(Enum):
+    """How the transfer is made smaller.
+
+    XBZRLE sends what changed in a page that was sent before; ZLIB and ZSTD compress the streams of a transfer that has
+    several.
+    """
+
+    XBZRLE = "xbzrle"
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class Postcopy(Enum):
+    """When the guest may go on at the destination before all of its memory is there.
+
+    From then on it is lost if either host, or for good the network between them, is.
+    """
+
+    ON_REQUEST = "on-request"
+    AFTER_FIRST_PASS = "after-first-pass"
+
+
+class TimeoutAction(Enum):
+    """What is done with a transfer that takes too long."""
+
+    ABORT = "abort"
+    SUSPEND = "suspend"
+    """Pause the guest, so that its memory changes no more; it runs again where it ends up."""
     POSTCOPY = "postcopy"
 
 
@@ -327,10 +365,39 @@ _MAX_BANDWIDTH_BYTES_PER_S = 1 << 50
 _MAX_DOWNTIME_MS = 2_000_000
 
 
+_MAX_TEXT = 4096
+_ZLIB_LEVELS = 9
+_THROTTLES = ("throttle_initial_percent", "throttle_increment_percent", "throttle_max_percent")
+_SWITCHES = ("paused", "persist", "undefine_source", "zero_copy", "auto_converge", "tls")
+_TEXTS = {
+    "name": _MAX_TEXT,
+    "migration_uri": _MAX_TEXT,
+    "listen_address": _MAX_TEXT,
+    "tls_name": 255,
+    "graphics_address": 255,
+    "destination_definition": 1_048_576,
+}
+_KINDS: dict[str, type[Enum]] = {
+    "compression": Compression,
+    "postcopy": Postcopy,
+    "timeout_action": TimeoutAction,
+}
+_NUMBERS = {
+    "bandwidth_bytes_per_s": (1, _MAX_BANDWIDTH_BYTES_PER_S, "bytes per second"),
+    "max_downtime_ms": (1, _MAX_DOWNTIME_MS, "milliseconds"),
+    "streams": (1, 64, "connections"),
+    "compression_level": (1, 20, ""),
+    "xbzrle_cache_bytes": (65_536, 1 << 40, "bytes"),
+    "postcopy_bandwidth_bytes_per_s": (1, _MAX_BANDWIDTH_BYTES_PER_S, "bytes per second"),
+    **dict.fromkeys(_THROTTLES, (1, 99, "percent")),
+}
+
+
 def _need_int(option: str, value: object, low: int, high: int, unit: str) -> None:
     if type(value) is not int or not low <= value <= high:
         raise OptionError(
-            f"{option} must be a whole number from {low} to {high} {unit}, not {value!r}", option=option
+            f"{option} must be a whole number from {low} to {high}{unit and ' '}{unit}, not {value!r}",
+            option=option,
         )
 
 
@@ -357,6 +424,26 @@ class MigrationOptions:
         stays paused without this option.
     :param persist: make the domain persistent at the destination.
     :param undefine_source: remove the definition at the source once the guest runs at the destination.
+    :param port_range: first and last port that the destination may listen on.
+    :param streams: number of connections that memory is sent over, 1 to 64; None is one, without the cost of several.
+    :param compression: how the transfer is made smaller.
+    :param compression_level: of ZLIB 1 to 9, of ZSTD 1 to 20.
+    :param xbzrle_cache_bytes: memory at the source for pages as they were sent last, 64 KiB to 2**40.
+    :param zero_copy: let the network card read the guest's memory; needs ``streams`` and memory that may be locked.
+    :param auto_converge: slow the guest's processors down while it writes faster than the transfer sends.
+    :param throttle_initial_percent: how much at first, 1 to 99.
+    :param throttle_increment_percent: how much more after each pass that did not help, 1 to 99.
+    :param throttle_max_percent: how much at most, 1 to 99.
+    :param postcopy: let the guest go on at the destination before all of its memory is there.
+        A guest that is split so is lost if either host is, or the network between them for good.
+    :param postcopy_bandwidth_bytes_per_s: cap of what is sent after that, 1 to 2**50; None is no cap.
+    :param timeout_s: after how long ``timeout_action`` is taken, counted from the transfer's begin.
+    :param tls: encrypt the transfer, with the credentials of both hosts.
+    :param tls_name: name that the destination's certificate must bear; None is the host in the migration URI.
+    :param destination_definition: the definition that the destination is to build, in place of the source's; the
+        machine that it describes must be the same one.
+    :param disks: pairs of a disk's target (``vda``) and its path at the destination, where that differs.
+    :param graphics_address: address on which the destination serves the guest's display.
     :param best_effort: names of options that may be dropped where they are not supported.
     :param lease_s: how long an undecided destination keeps its reservation after the last sign of its caller.
     :param patience_s: how long a caller waits for an answer that decides the migration before it is in doubt.
@@ -371,32 +458,54 @@ class MigrationOptions:
     paused: bool = False
     persist: bool = False
     undefine_source: bool = False
+    port_range: tuple[int, int] | None = None
+    streams: int | None = None
+    compression: Compression | None = None
+    compression_level: int | None = None
+    xbzrle_cache_bytes: int | None = None
+    zero_copy: bool = False
+    auto_converge: bool = False
+    throttle_initial_percent: int | None = None
+    throttle_increment_percent: int | None = None
+    throttle_max_percent: int | None = None
+    postcopy: Postcopy | None = None
+    postcopy_bandwidth_bytes_per_s: int | None = None
+    timeout_s: float | None = None
+    timeout_action: TimeoutAction = TimeoutAction.ABORT
+    tls: bool = False
+    tls_name: str | None = None
+    destination_definition: str | None = None
+    disks: tuple[tuple[str, str], ...] = ()
+    graphics_address: str | None = None
     best_effort: frozenset[str] = frozenset()
     lease_s: float = 30.0
     patience_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for option in ("name", "migration_uri", "listen_address"):
+        for option, longest in _TEXTS.items():
             text = getattr(self, option)
-            if text is not None and (not isinstance(text, str) or not text.strip() or len(text) > 4096):
+            if text is not None and (not isinstance(text, str) or not text.strip() or len(text) > longest):
                 raise OptionError(
-                    f"{option} must be a text of 1 to 4096 characters, not {text!r:.80}", option=option
+                    f"{option} must be a text of 1 to {longest} characters, not {text!r:.80}", option=option
                 )
-        if self.bandwidth_bytes_per_s is not None:
-            _need_int(
-                "bandwidth_bytes_per_s",
-                self.bandwidth_bytes_per_s,
-                1,
-                _MAX_BANDWIDTH_BYTES_PER_S,
-                "bytes per second",
-            )
-        if self.max_downtime_ms is not None:
-            _need_int("max_downtime_ms", self.max_downtime_ms, 1, _MAX_DOWNTIME_MS, "milliseconds")
-        for option in ("paused", "persist", "undefine_source"):
+        for option, (low, high, unit) in _NUMBERS.items():
+            if getattr(self, option) is not None:
+                _need_int(option, getattr(self, option), low, high, unit)
+        for option in _SWITCHES:
             if type(getattr(self, option)) is not bool:
                 raise OptionError(
                     f"{option} must be True or False, not {getattr(self, option)!r:.80}", option=option
                 )
+        for option, kind in _KINDS.items():
+            value = getattr(self, option)
+            if value is not None and not isinstance(value, kind):
+                words = " or ".join(f"{kind.__name__}.{member.name}" for member in kind)
+                raise OptionError(f"{option} must be {words}, not {value!r:.80}", option=option)
+        if self.timeout_s is not None:
+            _need_seconds("timeout_s", self.timeout_s, 604_800)
+        self._check_ports()
+        self._check_disks()
+        self._check_together()
         _need_seconds("lease_s", self.lease_s, 86_400)
         _need_seconds("patience_s", self.patience_s, 86_400)
         if not isinstance(self.best_effort, frozenset):
@@ -408,12 +517,62 @@ class MigrationOptions:
                 option="best_effort",
             )
 
+    def _check_ports(self) -> None:
+        ports: object = self.port_range
+        if ports is None:
+            return
+        if not isinstance(ports, tuple) or len(ports) != 2:
+            raise OptionError(
+                "port_range must be a pair of ports, the first and the last", option="port_range"
+            )
+        for port in ports:
+            _need_int("port_range", port, 1, 65_535, "as a port")
+        if ports[0] > ports[1]:
+            raise OptionError(
+                f"port_range begins at {ports[0]}, after its end {ports[1]}", option="port_range"
+            )
+
+    def _check_disks(self) -> None:
+        pairs: object = self.disks
+        whole = isinstance(pairs, tuple) and all(
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and all(isinstance(text, str) and 0 < len(text) <= _MAX_TEXT for text in pair)
+            for pair in pairs
+        )
+        if not whole or len({target for target, _ in self.disks}) != len(self.disks):
+            raise OptionError(
+                "disks must give a path for each target once, as (('vda', '/path'),)", option="disks"
+            )
+
+    def _check_together(self) -> None:
+        """Refuse an option that means nothing without another; what a host makes of both is the plan's to say."""
+        needs = (
+            (
+                "compression_level",
+                self.compression in (Compression.ZLIB, Compression.ZSTD),
+                "compression ZLIB or ZSTD",
+            ),
+            ("xbzrle_cache_bytes", self.compression is Compression.XBZRLE, "compression XBZRLE"),
+            *((name, self.auto_converge, "auto_converge") for name in _THROTTLES),
+            ("postcopy_bandwidth_bytes_per_s", self.postcopy is not None, "postcopy"),
+            ("tls_name", self.tls, "tls"),
+        )
+        for option, there, what in needs:
+            if getattr(self, option) is not None and not there:
+                raise OptionError(f"{option} means nothing without {what}", option=option)
+        if self.compression is Compression.ZLIB and (self.compression_level or 0) > _ZLIB_LEVELS:
+            raise OptionError(
+                f"compression_level of ZLIB is at most {_ZLIB_LEVELS}, not {self.compression_level}",
+                option="compression_level",
+            )
+
     def asked(self) -> tuple[str, ...]:
         """Names of the options that ask for a feature, in the order of their declaration."""
         return tuple(
             option.name
             for option in fields(self)
-            if option.name in OPTION_FEATURES and getattr(self, option.name) not in (None, False)
+            if option.name in OPTION_FEATURES and getattr(self, option.name) not in (None, False, ())
         )
 
 
@@ -425,6 +584,23 @@ OPTION_FEATURES: dict[str, Feature] = {
     "paused": Feature.PAUSED,
     "persist": Feature.PERSIST,
     "undefine_source": Feature.UNDEFINE_SOURCE,
+    "port_range": Feature.PORT_RANGE,
+    "streams": Feature.STREAMS,
+    "compression": Feature.COMPRESSION,
+    "compression_level": Feature.COMPRESSION,
+    "xbzrle_cache_bytes": Feature.COMPRESSION,
+    "zero_copy": Feature.ZERO_COPY,
+    "auto_converge": Feature.AUTO_CONVERGE,
+    "throttle_initial_percent": Feature.AUTO_CONVERGE,
+    "throttle_increment_percent": Feature.AUTO_CONVERGE,
+    "throttle_max_percent": Feature.AUTO_CONVERGE,
+    "postcopy": Feature.POSTCOPY,
+    "postcopy_bandwidth_bytes_per_s": Feature.POSTCOPY,
+    "tls": Feature.TLS,
+    "tls_name": Feature.TLS,
+    "destination_definition": Feature.REDEFINE,
+    "disks": Feature.REDEFINE,
+    "graphics_address": Feature.REDEFINE,
 }
 """The feature that each droppable option of :class:`MigrationOptions` needs."""
 
@@ -434,14 +610,24 @@ class Tuning:
     """A change to a running migration; None leaves a setting as it is.  Ranges as in :class:`MigrationOptions`.
 
     :param bandwidth_bytes_per_s: new cap; 0 removes it.
+    :param postcopy_bandwidth_bytes_per_s: new cap of what is sent in post-copy; 0 removes it.
     :param postcopy: True switches to post-copy.
     """
 
     bandwidth_bytes_per_s: int | None = None
     max_downtime_ms: int | None = None
     postcopy: bool = False
+    postcopy_bandwidth_bytes_per_s: int | None = None
 
     def __post_init__(self) -> None:
+        if self.postcopy_bandwidth_bytes_per_s is not None:
+            _need_int(
+                "postcopy_bandwidth_bytes_per_s",
+                self.postcopy_bandwidth_bytes_per_s,
+                0,
+                _MAX_BANDWIDTH_BYTES_PER_S,
+                "bytes per second",
+            )
         if self.bandwidth_bytes_per_s is not None:
             _need_int(
                 "bandwidth_bytes_per_s",
@@ -468,6 +654,8 @@ class TransferStatistics:
     :param downtime_ms: the stop as the hypervisor measured it; known at the end.
     :param setup_ms: time until the first byte of memory was sent.
     :param total_ms: the hypervisor's own duration of the transfer; known at the end.
+    :param throttle_percent: how much the guest's processors are slowed down now.
+    :param postcopy: pages are being sent to a guest that runs at the destination already.
     """
 
     iteration: int | None = None
@@ -480,6 +668,8 @@ class TransferStatistics:
     downtime_ms: float | None = None
     setup_ms: float | None = None
     total_ms: float | None = None
+    throttle_percent: int | None = None
+    postcopy: bool = False
 
     @property
     def estimate_s(self) -> float | None:

@@ -98,6 +98,22 @@ _SENDING = (ProcessState.RUNNING, ProcessState.PAUSED)
 _SAVED = b"ferryman-test-save 1\n"
 
 
+_FEATURES = frozenset(
+    {
+        Feature.LIVE,
+        Feature.RENAME,
+        Feature.BANDWIDTH,
+        Feature.BANDWIDTH_IN_FLIGHT,
+        Feature.MAX_DOWNTIME,
+        Feature.MAX_DOWNTIME_IN_FLIGHT,
+        Feature.ABORT,
+        Feature.PAUSED,
+        Feature.PERSIST,
+        Feature.UNDEFINE_SOURCE,
+    }
+)
+
+
 class _StreamCut(Exception):
     """The link broke while something was being sent."""
 
@@ -140,7 +156,7 @@ class SimulatedDriver:
             cpu_model="",
             machines=(),
             memory_bytes=self._host.memory_bytes,
-            features=frozenset(Feature) - {Feature.POSTCOPY, Feature.LISTEN_ADDRESS},
+            features=_FEATURES,
             uri_transports=("tcp",),
             domain_types=("test",),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -18,22 +19,26 @@ from ferryman.hookspecs import (
     hookimpl,
 )
 from ferryman.types import (
+    Compression,
     Finding,
     FindingSeverity,
     Side,
 )
-from ferryman_qemu.commandline import (
+from ferryman.uri import MigrationURI
+from ferryman_qemu.guest import Guest
+from ferryman_qemu.host import QemuHost
+from ferryman_qemu.machine import (
     Machine,
     boot_paths,
+    differences,
     disk_paths,
     read_pinned,
 )
-from ferryman_qemu.guest import Guest
-from ferryman_qemu.host import QemuHost
 from ferryman_qemu.monitor import Command
 from ferryman_qemu.probe import Emulator, dotted
 from ferryman_qemu.process import boot_id
-from ferryman_qemu.transfer import ACTIVE
+from ferryman_qemu.tls import Credentials, find_credentials
+from ferryman_qemu.transfer import ACTIVE, streams_of
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -55,11 +60,19 @@ class CheckHooks(QemuHost):
         machine = read_pinned(request.definition)
         guest = self._guests.get(request.domain.uuid)
         findings = await self._check_guest(guest, machine) if guest is not None else []
+        findings += _check_options(request)
         opened = guest.process.opened_files() if guest is not None else None
         told = {path: _file_identity(path, opened) for path in disk_paths(machine)}
         emulator = self._running(guest)
-        cpu = emulator.cpu(machine.cpu, accelerated=machine.accelerated)
-        return CheckReply(findings=tuple(findings), facts={"disks": json.dumps(told), "cpu": cpu or ""})
+        cpu = emulator.cpu(machine.cpu.model, machine.cpu.features, accelerated=machine.accelerated)
+        return CheckReply(
+            findings=tuple(findings),
+            facts={
+                "disks": json.dumps(told),
+                "cpu": cpu or "",
+                "credentials": _kind_of(find_credentials(self._root.path / "pki")),
+            },
+        )
 
     def _running(self, guest: Guest | None) -> Emulator:
         """The emulator as the guest runs in it: it may have been updated since the guest was started."""
@@ -140,6 +153,8 @@ class CheckHooks(QemuHost):
                     "mend KVM there",
                 )
             )
+        findings += _check_same_machine(request, machine)
+        findings += self._check_transfer(request)
         findings += self._check_cpu(machine, request.facts.get("cpu", ""))
         available = _available_bytes()
         if available is not None and available < request.domain.memory_bytes:
@@ -164,14 +179,57 @@ class CheckHooks(QemuHost):
         )
         return CheckReply(findings=tuple(findings))
 
+    def _check_transfer(self, request: CheckRequest) -> list[Finding]:
+        """See whether a receiver here can do what the options ask of it."""
+        options = request.options
+        findings = []
+        if options.postcopy is not None and (reason := _page_faults_refused()):
+            findings.append(
+                _blocker(
+                    "postcopy-forbidden",
+                    Side.DESTINATION,
+                    f"the kernel there does not let QEMU wait for pages (userfaultfd: {reason})",
+                    "set vm.unprivileged_userfaultfd to 1 there, run QEMU as root, or leave postcopy out",
+                )
+            )
+        if options.tls:
+            findings += self._check_credentials(request)
+        return findings
+
+    def _check_credentials(self, request: CheckRequest) -> list[Finding]:
+        here = find_credentials(self._root.path / "pki")
+        theirs = request.facts.get("credentials", "")
+        mine = _kind_of(here)
+        if theirs != mine:
+            return [
+                _blocker(
+                    "tls-mismatch",
+                    None,
+                    f"the source has {theirs or 'no credentials'} for TLS, and the destination {mine or 'none'}",
+                    "give both the same kind: certificates of one signer, or one key",
+                )
+            ]
+        options = request.options
+        uri = MigrationURI.parse(options.migration_uri) if options.migration_uri is not None else None
+        if mine == _CERTIFICATES and options.tls_name is None and uri is not None and uri.protocol == "unix":
+            return [
+                _blocker(
+                    "tls-name-missing",
+                    None,
+                    "a unix socket has no host name that the destination's certificate could bear",
+                    "set the option tls_name",
+                )
+            ]
+        return []
+
     def _check_cpu(self, machine: Machine, told: str) -> list[Finding]:
-        here = self._emulator.cpu(machine.cpu, accelerated=machine.accelerated)
+        here = self._emulator.cpu(machine.cpu.model, machine.cpu.features, accelerated=machine.accelerated)
         if here is None:
             return [
                 _blocker(
                     "cpu-unknown",
                     Side.DESTINATION,
-                    f"QEMU {dotted(self._emulator.version)} has no CPU model {machine.cpu}",
+                    f"QEMU {dotted(self._emulator.version)} has no CPU model {machine.cpu.model}",
                     "install a newer QEMU there",
                 )
             ]
@@ -187,7 +245,94 @@ class CheckHooks(QemuHost):
         ]
 
 
-def _blocker(code: str, side: Side, message: str, remedy: str) -> Finding:
+_CERTIFICATES = "certificates"
+
+
+def _kind_of(credentials: Credentials | None) -> str:
+    if credentials is None:
+        return ""
+    return "a key" if credentials.psk else _CERTIFICATES
+
+
+def _check_same_machine(request: CheckRequest, machine: Machine) -> list[Finding]:
+    """See whether a definition that was changed for the destination is still the guest's machine."""
+    if request.source_definition in ("", request.definition):
+        return []
+    changed = differences(read_pinned(request.source_definition), machine)
+    if not changed:
+        return []
+    return [
+        _blocker(
+            "machine-differs",
+            Side.DESTINATION,
+            f"the definition for the destination is another machine to the guest: {', '.join(changed)}",
+            "change only what stands at the host's end, in the definition that the domain has now",
+        )
+    ]
+
+
+_USERFAULTFD = 323
+"""Number of the system call on x86-64 (arch/x86/entry/syscalls/syscall_64.tbl)."""
+
+
+def _page_faults_refused() -> str:
+    """Why the kernel does not give this user what post-copy needs; '' where it does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.syscall(_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    if descriptor < 0:
+        return os.strerror(ctypes.get_errno())
+    os.close(descriptor)
+    return ""
+
+
+def _check_options(request: CheckRequest) -> list[Finding]:
+    """Options that QEMU takes and that do not go together; seen on 7.2 where nothing else is said."""
+    options = request.options
+    streams = streams_of(options)
+    clashes = [
+        (
+            streams and options.postcopy is not None,
+            "post-copy over several streams ends the destination's QEMU at the end",
+            "leave streams out, or postcopy",
+        ),
+        (
+            streams and options.compression is Compression.XBZRLE,
+            "XBZRLE works on a transfer over one connection",
+            "leave streams out, or use ZLIB or ZSTD",
+        ),
+        (
+            streams and options.tls,
+            "while the streams are being encrypted QEMU waits for the network, and a network that is cut then would"
+            " stop the guest",
+            "leave streams out, or tls",
+        ),
+        (options.zero_copy and not streams, "zero_copy works on streams only", "set streams"),
+        (
+            options.zero_copy and (options.tls or options.compression is not None),
+            "what is encrypted or compressed is not the guest's own memory any more, so it cannot be sent from there",
+            "leave zero_copy out",
+        ),
+    ]
+    findings = [
+        _blocker("options-conflict", Side.SOURCE, message, remedy)
+        for clash, message, remedy in clashes
+        if clash
+    ]
+    if options.postcopy is not None:
+        findings.append(
+            Finding(
+                code="postcopy-risk",
+                severity=FindingSeverity.WARNING,
+                side=None,
+                message="once the guest has switched to post-copy it is lost if either host is lost, or the network"
+                " between them for good",
+                remedy="leave postcopy out if the guest must survive that",
+            )
+        )
+    return findings
+
+
+def _blocker(code: str, side: Side | None, message: str, remedy: str) -> Finding:
     return Finding(code=code, severity=FindingSeverity.BLOCKER, side=side, message=message, remedy=remedy)
 
 

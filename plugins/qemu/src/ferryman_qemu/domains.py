@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
-import anyio.to_thread
 
 from ferryman.errors import (
     DomainExistsError,
     DomainNotFoundError,
     DomainStateError,
+    HypervisorError,
+    OptionError,
 )
 from ferryman.hookspecs import (
+    AutostartRequest,
     DefinitionRequest,
     DomainRequest,
     HostRequest,
     LookupRequest,
+    MemoryRequest,
+    ShutdownRequest,
     hookimpl,
 )
 from ferryman.types import (
     DomainEventKind,
     DomainInfo,
-    DomainStatistics,
+    DomainUUID,
 )
-from ferryman_qemu.commandline import (
+from ferryman_qemu.agent import shut_down_by_agent
+from ferryman_qemu.host import QemuHost
+from ferryman_qemu.machine import (
     read_machine,
     read_pinned,
 )
-from ferryman_qemu.host import QemuHost
+from ferryman_qemu.monitor import MonitorError, QMPCommandError
+from ferryman_qemu.power import Wishes, ask_reboot, forget_reboot, read_wishes
+
+if TYPE_CHECKING:
+    from ferryman.definition import Definition
+    from ferryman_qemu.guest import Guest
 
 
 class DomainHooks(QemuHost):
@@ -71,7 +81,12 @@ class DomainHooks(QemuHost):
         definition = machine.definition
         if definition.uuid in self._guests or definition.uuid in self._reserved:
             raise DomainExistsError(f"domain {definition.name} is active already", domain=definition.name)
-        await self._start(machine, persistent=definition.uuid in self._defined, paused=request.paused)
+        await self._start(
+            machine,
+            persistent=definition.uuid in self._defined,
+            paused=request.paused,
+            autodestroy=request.autodestroy,
+        )
         return await self._info(definition.uuid)
 
     @hookimpl
@@ -81,7 +96,12 @@ class DomainHooks(QemuHost):
         text = self._defined.get(request.uuid)
         if text is None:
             raise DomainNotFoundError(f"no domain {request.name} in {self._root.path}", domain=request.name)
-        await self._start(self._pin(read_machine(text)), persistent=True, paused=request.paused)
+        await self._start(
+            self._pin(read_machine(text)),
+            persistent=True,
+            paused=request.paused,
+            autodestroy=request.autodestroy,
+        )
         return await self._info(request.uuid)
 
     @hookimpl
@@ -97,10 +117,66 @@ class DomainHooks(QemuHost):
             await guest.command("cont")
 
     @hookimpl
-    async def domain_shutdown(self, request: DomainRequest) -> None:
+    async def domain_shutdown(self, request: ShutdownRequest) -> None:
         guest = self._active(request.uuid, request.name)
         async with guest.lock:
-            await guest.command("system_powerdown")
+            await forget_reboot(guest, self._wishes(guest))
+        if not await shut_down_by_agent(guest, request.mode, "powerdown"):
+            async with guest.lock:
+                await guest.command("system_powerdown")
+
+    @hookimpl
+    async def domain_reboot(self, request: ShutdownRequest) -> None:
+        guest = self._active(request.uuid, request.name)
+        async with guest.lock:
+            await forget_reboot(guest, self._wishes(guest))
+        if not await shut_down_by_agent(guest, request.mode, "reboot"):
+            async with guest.lock:
+                await ask_reboot(guest)
+
+    @hookimpl
+    async def domain_reset(self, request: DomainRequest) -> None:
+        guest = self._active(request.uuid, request.name)
+        async with guest.lock:
+            await guest.command("system_reset")
+
+    @hookimpl
+    async def domain_autostart(self, request: AutostartRequest) -> None:
+        await self._require_persistent(request.uuid, request.name)
+        self._root.set_autostart(request.uuid, enabled=request.enabled)
+
+    @hookimpl
+    async def domain_set_memory(self, request: MemoryRequest) -> None:
+        info = await self._info(request.uuid)
+        live = request.scope.reaches_guest(active=info.state.active)
+        config = request.scope.reaches_definition(active=info.state.active)
+        edited: Definition | None = None
+        if request.memory_bytes > info.memory_bytes:
+            raise OptionError(
+                f"domain {request.name} has {info.memory_bytes} bytes of memory, less than {request.memory_bytes}",
+                option="memory_bytes",
+            )
+        if config:
+            await self._require_persistent(request.uuid, request.name)
+            definition = read_pinned(self._defined[request.uuid]).definition
+            # Read again, so that nothing is kept that could not be started.
+            text = definition.edited(currentMemory=str(-(-request.memory_bytes // 1024))).render()
+            edited = read_machine(text).definition
+        if live:
+            guest = self._active(request.uuid, request.name)
+            async with guest.lock:
+                await _set_balloon(guest, request.memory_bytes)
+        if edited is not None:
+            self._root.write_definition(request.uuid, edited.render())
+            self._defined[request.uuid] = edited.render()
+
+    def _wishes(self, guest: Guest) -> Wishes:
+        return read_wishes(read_pinned(guest.record.definition).definition.root)
+
+    async def _require_persistent(self, uuid: DomainUUID, name: str) -> None:
+        if uuid not in self._defined:
+            await self._info(uuid)
+            raise DomainStateError(f"domain {name} is transient: it has no definition", domain=name)
 
     @hookimpl
     async def domain_destroy(self, request: DomainRequest) -> None:
@@ -111,11 +187,7 @@ class DomainHooks(QemuHost):
 
     @hookimpl
     async def domain_undefine(self, request: DomainRequest) -> None:
-        if request.uuid not in self._defined:
-            await self._info(request.uuid)
-            raise DomainStateError(
-                f"domain {request.name} is transient: it has no definition", domain=request.name
-            )
+        await self._require_persistent(request.uuid, request.name)
         self._undefine(request.uuid, request.name)
 
     @hookimpl
@@ -127,15 +199,16 @@ class DomainHooks(QemuHost):
             raise DomainNotFoundError(f"no domain {request.name} in {self._root.path}", domain=request.name)
         return self._defined[request.uuid]
 
-    @hookimpl
-    async def domain_statistics(self, request: DomainRequest) -> DomainStatistics:
-        guest = self._guests.get(request.uuid)
-        if guest is None:
-            return DomainStatistics(state=(await self._info(request.uuid)).state)
-        cpu_s: float | None = None
-        resident: int | None = None
-        with suppress(OSError, IndexError, ValueError):  # the process may end while we read about it
-            fields = Path(f"/proc/{guest.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-            cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        return DomainStatistics(state=await guest.state(), cpu_time_s=cpu_s, resident_bytes=resident)
+
+async def _set_balloon(guest: Guest, memory_bytes: int) -> None:
+    try:
+        await guest.control.execute("balloon", {"value": memory_bytes})
+    except QMPCommandError as error:
+        if error.error_class != "DeviceNotActive":
+            raise HypervisorError(str(error)) from error
+        raise DomainStateError(
+            f"domain {guest.record.name} has no balloon: give it <memballoon model='virtio'/>",
+            domain=guest.record.name,
+        ) from error
+    except MonitorError as error:
+        raise HypervisorError(str(error)) from error

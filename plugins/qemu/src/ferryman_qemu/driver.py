@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 
@@ -9,24 +10,43 @@ import anyio
 import anyio.to_thread
 
 from ferryman.capabilities import Capabilities
+from ferryman.errors import BeginError, FerrymanError
 from ferryman.hookspecs import (
+    BeginReply,
+    BeginRequest,
+    BootRequest,
+    CheckReply,
+    CheckRequest,
     HostRequest,
     OpenReply,
     OpenRequest,
     hookimpl,
 )
 from ferryman.types import (
+    DomainUUID,
     Feature,
+    Finding,
+    FindingSeverity,
+    Side,
 )
 from ferryman_qemu.checks import CheckHooks
 from ferryman_qemu.domains import DomainHooks
 from ferryman_qemu.guest import Guest
+from ferryman_qemu.looks import LookHooks
+from ferryman_qemu.machine import read_machine
 from ferryman_qemu.migrations import MigrationHooks
 from ferryman_qemu.probe import find_emulator, host_cpu, probe
+from ferryman_qemu.process import boot_id
 from ferryman_qemu.root import Root, root_of
+from ferryman_qemu.saves import SaveHooks
+from ferryman_qemu.tls import find_credentials
+
+_log = logging.getLogger(__name__)
+
+_STARTED_AT_ONCE = 4
 
 
-class QemuDriver(DomainHooks, CheckHooks, MigrationHooks):
+class QemuDriver(DomainHooks, SaveHooks, LookHooks, CheckHooks, MigrationHooks):
     """Driver of the scheme ``qemu``."""
 
     @hookimpl
@@ -40,10 +60,16 @@ class QemuDriver(DomainHooks, CheckHooks, MigrationHooks):
             self._defined = root.definitions()
             for run in root.run_directories():
                 guest = await Guest.find(
-                    run, tasks=request.tasks, ended=self._guest_ended, happened=self._guest_event
+                    run,
+                    log=root.log,
+                    tasks=request.tasks,
+                    ended=self._guest_ended,
+                    happened=self._guest_event,
                 )
-                if guest is not None:
-                    self._take(guest)
+                if guest is None or (guest.record.restoring and not await self._settle_restore(guest)):
+                    continue
+                self._take(guest)
+            await self._end_bound()
         except BaseException:
             root.close()
             raise
@@ -51,7 +77,67 @@ class QemuDriver(DomainHooks, CheckHooks, MigrationHooks):
 
     @hookimpl
     async def connection_close(self, request: HostRequest) -> None:
+        await self._end_bound()
         self._root.close()
+
+    async def _end_bound(self) -> None:
+        """End the guests that end with the program that started them."""
+        for guest in list(self._guests.values()):
+            if guest.record.autodestroy:
+                guest.ending = "destroyed"
+                await guest.kill()
+
+    @hookimpl
+    async def host_autostart(self, request: BootRequest) -> None:
+        self._free = request.admit
+        limiter = anyio.CapacityLimiter(_STARTED_AT_ONCE)
+
+        async def start(uuid: DomainUUID) -> None:
+            async with limiter:
+                await self._start_with_host(uuid, request)
+
+        async with anyio.create_task_group() as tasks:
+            for guest in list(self._guests.values()):
+                tasks.start_soon(self._settle_guest, guest)
+        boot = boot_id()
+        if not self._root.has_booted(boot):
+            return
+        async with anyio.create_task_group() as tasks:
+            for uuid in self._defined:
+                if self._root.autostart(uuid) and uuid not in self._guests:
+                    tasks.start_soon(start, uuid)
+        # Last, so that a program that dies before it leaves the rest to the next one.
+        self._root.note_boot(boot)
+
+    async def _start_with_host(self, uuid: DomainUUID, request: BootRequest) -> None:
+        try:
+            machine = self._pin(read_machine(self._defined[uuid]))
+            request.admit(uuid, machine.definition.name)
+            await self._start(machine, persistent=True, paused=False, detail="autostart")
+        except FerrymanError as error:
+            _log.error("domain %s could not be started with its host: %s", uuid, error)
+
+    @hookimpl
+    async def migrate_check(self, request: CheckRequest) -> CheckReply:
+        reply = await super().migrate_check(request)
+        guest = self._guests.get(request.domain.uuid)
+        if request.side is not Side.SOURCE or guest is None or not guest.record.autodestroy:
+            return reply
+        bound = Finding(
+            code="autodestroy",
+            severity=FindingSeverity.BLOCKER,
+            side=Side.SOURCE,
+            message=f"domain {request.domain.name} ends with the connection that started it",
+            remedy="start it without autodestroy",
+        )
+        return CheckReply(findings=(*reply.findings, bound), facts=reply.facts)
+
+    @hookimpl
+    async def migrate_begin(self, request: BeginRequest) -> BeginReply:
+        guest = self._guests.get(request.domain.uuid)
+        if guest is not None and guest.saving:
+            raise BeginError(f"domain {request.domain.name} is being saved", side=Side.SOURCE)
+        return await super().migrate_begin(request)
 
     @hookimpl
     async def capabilities(self, request: HostRequest) -> Capabilities:
@@ -64,7 +150,15 @@ class QemuDriver(DomainHooks, CheckHooks, MigrationHooks):
             cpu_model=host_cpu(),
             machines=tuple(sorted(set(self._emulator.machines.values()))),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            features=frozenset(Feature) - {Feature.POSTCOPY},
+            features=self._features(),
             uri_transports=("tcp", "unix"),
             domain_types=("kvm", "qemu") if self._emulator.kvm else ("qemu",),
         )
+
+    def _features(self) -> frozenset[Feature]:
+        lacking = set()
+        if not self._emulator.postcopy:
+            lacking.add(Feature.POSTCOPY)
+        if find_credentials(self._root.path / "pki") is None:
+            lacking.add(Feature.TLS)
+        return frozenset(Feature) - lacking

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from ferryman_qemu.machine import CommandLine
     from ferryman_qemu.qmp import Event
     from ferryman_qemu.root import GuestRecord, RunDirectory
+    from ferryman_qemu.site import LocalSite
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ class Guest:
         run: RunDirectory,
         process: Process,
         stream: anyio.abc.UNIXSocketStream,
-        ended: Callable[[Guest, str], None],
+        log: Path,
+        ended: Callable[[Guest, str, str], None],
         happened: Callable[[Guest, Event], None],
     ) -> None:
         self.record = record
@@ -61,11 +64,19 @@ class Guest:
         self.process = process
         self.control = Monitor(stream, name=record.name, heard=self._heard)
         self.running = False
+        self.stopped_at: float | None = None
         self.lock = anyio.Lock()
         self.loaded = anyio.Event()
+        self.listening = anyio.Event()
         self.incoming_failed = ""
         self.gone = anyio.Event()
         self.ending = ""
+        self.saving = False
+        self.current_memory_bytes: int | None = None
+        self.agent_lock = anyio.Lock()
+        self.consoles: set[str] = set()
+        self._log = log
+        self._told = ("", "")
         self._ended = ended
         self._happened = happened
 
@@ -76,14 +87,17 @@ class Guest:
         cls,
         record: GuestRecord,
         run: RunDirectory,
-        argv: Callable[[int, int], Sequence[str]],
+        site: LocalSite,
+        build: Callable[[LocalSite], CommandLine],
         *,
         log: Path,
         tasks: TaskGroup,
-        ended: Callable[[Guest, str], None],
+        ended: Callable[[Guest, str, str], None],
         happened: Callable[[Guest, Event], None],
     ) -> Guest:
         """Start a process and connect to it.
+
+        :param build: writes the command line with what the site gives it.
 
         :raises HypervisorError: it did not start; the message holds the last of what it printed. Nothing is left.
         :cancellation: nothing is left.
@@ -92,18 +106,21 @@ class Guest:
         stream: anyio.abc.UNIXSocketStream | None = None
         try:
             # Listening before it is started: the monitor answers when it is ready, and nobody has to look.
-            with run.listen("control") as control, run.listen("read") as read:
+            with site:
+                line = build(site)
                 stream = await run.connect("control")
-                arguments = list(argv(control.fileno(), read.fileno()))
-                begin = _write_log(log, arguments)
-                process = Process.spawn(arguments, output=log, inherited=(control.fileno(), read.fileno()))
-            record = replace(record, identity=process.identity)
+                begin = _write_log(log, line.argv)
+                process = Process.spawn(
+                    line.argv, output=log, inherited=site.inherited, environment=line.environment
+                )
+            record = replace(record, identity=process.identity, log_begin=begin, taps=site.taps)
             run.write(record)
             guest = cls(
                 record=record,
                 run=run,
                 process=process,
                 stream=stream,
+                log=log,
                 ended=ended,
                 happened=happened,
             )
@@ -113,6 +130,7 @@ class Guest:
                     await process.wait()
                 said = _read_log(log, begin) or guest.control.close_reason
                 raise HypervisorError(f"QEMU did not start domain {record.name}: {said}")
+            await guest.command_all(*(Command(name, arguments) for name, arguments in line.prelude))
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 if process is not None:
@@ -135,8 +153,9 @@ class Guest:
         cls,
         run: RunDirectory,
         *,
+        log: Callable[[str], Path],
         tasks: TaskGroup,
-        ended: Callable[[Guest, str], None],
+        ended: Callable[[Guest, str, str], None],
         happened: Callable[[Guest, Event], None],
     ) -> Guest | None:
         """Find the process that an earlier program started in this directory; clean up where there is none."""
@@ -165,6 +184,7 @@ class Guest:
             run=run,
             process=process,
             stream=stream,
+            log=log(record.name),
             ended=ended,
             happened=happened,
         )
@@ -174,6 +194,7 @@ class Guest:
             HypervisorError
         ):  # one that is silent or ending is found out when it is asked for something
             guest.running = await guest.run_state() == "running"
+            await guest.learn_memory()
         return guest
 
     # Watching
@@ -184,25 +205,51 @@ class Guest:
             await self.control.aclose()
         self.process.close()
         clean_up(self.run, self.record)
-        self._ended(self, self.ending)
+        self._ended(self, *self._why())
         # Last, so that who waits for it finds the guest gone everywhere.
         self.gone.set()
+
+    def _why(self) -> tuple[str, str]:
+        """How the process ended, and why; and write it into the log."""
+        ending, detail = (self.ending, "") if self.ending else self._told
+        if not ending:
+            # Nobody asked for it, and QEMU said nothing on its monitor.
+            ending, detail = "crashed", self.last_words()
+        with suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} end: {ending}\n")
+        return ending, detail
+
+    def last_words(self) -> str:
+        """The last that the process printed, at most 2000 bytes of it."""
+        try:
+            return _read_log(self._log, self.record.log_begin)
+        except OSError as error:
+            return f"{self._log} cannot be read: {error.strerror}"
 
     def _heard(self, event: Event) -> None:
         match event.name:
             case "STOP":
                 self.running = False
+                self.stopped_at = event.timestamp_s
             case "RESUME":
                 self.running = True
+                self._told = ("", "")  # it was reset, and goes on
+            case "GUEST_PANICKED":
+                self._told = ("crashed", "panicked")
             case "SHUTDOWN":
-                self.ending = self.ending or ("shut-down" if event.data.get("guest") else "")
-            case "MIGRATION" if self.record.migration:
+                if not self._told[0]:
+                    self._told = ("shut-down", str(event.data.get("reason", "")))
+            case "BALLOON_CHANGE":
+                self.current_memory_bytes = int(str(event.data["actual"]))
+            case "MIGRATION" if self.record.migration or self.record.restoring:
                 self._incoming(str(event.data.get("status")))
         self._happened(self, event)
 
     def _incoming(self, status: str) -> None:
         if status == "completed":
             self.loaded.set()
+        elif status == "postcopy-active":
+            self.listening.set()
         elif status == "failed":
             self.incoming_failed = "the stream broke before the guest was whole"
             self.loaded.set()
@@ -250,6 +297,13 @@ class Guest:
             raise
         return _STATES.get(status, DomainState.PAUSED)
 
+    async def learn_memory(self) -> None:
+        """Ask what the balloon leaves the guest, which events keep up to date; nothing where there is none."""
+        try:
+            self.current_memory_bytes = int((await self.command("query-balloon"))["actual"])
+        except HypervisorError as error:
+            _log.info("what domain %s has of its memory is not known: %s", self.record.name, error)
+
     async def is_ending(self) -> bool:
         """Whether the process has ended; one that has closed its monitor is about to, and is waited for."""
         if self.control.closed:
@@ -286,10 +340,14 @@ class Guest:
         self.run.write(record)
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")
+
+
 def _write_log(log: Path, argv: Sequence[str]) -> int:
     """Log a command line; returns where what the process prints begins."""
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} start: {' '.join(argv)}\n")
+        file.write(f"{_now()} start: {' '.join(argv)}\n")
         return file.tell()
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 
-from ferryman.definition import definition_error
+from ferryman.definition import read_memory
 from ferryman.errors import (
+    DomainBusyError,
     DomainExistsError,
     DomainNotFoundError,
     DomainStateError,
+    HypervisorError,
 )
 from ferryman.types import (
     DomainEvent,
@@ -23,15 +27,13 @@ from ferryman.types import (
     DomainUUID,
     MigrationId,
 )
-from ferryman_qemu.commandline import (
-    Machine,
-    build_argv,
-    pin,
-    read_pinned,
-)
+from ferryman_qemu.choose import HostChooser
 from ferryman_qemu.guest import Guest
+from ferryman_qemu.machine import Machine, command_line, pin, read_pinned
+from ferryman_qemu.power import read_wishes, settle_power
 from ferryman_qemu.probe import Emulator
 from ferryman_qemu.root import GuestRecord, Root, RunDirectory
+from ferryman_qemu.site import LocalSite
 from ferryman_qemu.transfer import (
     Transfer,
 )
@@ -41,10 +43,19 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from ferryman.definition import Definition
     from ferryman_qemu.qmp import Event
 
+_log = logging.getLogger(__name__)
 
-_EVENTS = {"STOP": DomainEventKind.SUSPENDED, "RESUME": DomainEventKind.RESUMED}
+_EVENTS = {
+    "STOP": DomainEventKind.SUSPENDED,
+    "RESUME": DomainEventKind.RESUMED,
+    "RESET": DomainEventKind.REBOOTED,
+    "GUEST_PANICKED": DomainEventKind.PANICKED,
+    "BALLOON_CHANGE": DomainEventKind.MEMORY_CHANGED,
+}
+_SETTLED_AFTER = ("SHUTDOWN", "GUEST_PANICKED")
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +80,7 @@ class QemuHost:
         self._expected: dict[MigrationId, Expected] = {}
         self._reserved: dict[DomainUUID, str] = {}
         self._transfers: dict[MigrationId, Transfer] = {}
+        self._free: Callable[[DomainUUID, str], None] | None = None
 
     def _take(self, guest: Guest) -> None:
         if guest.record.migration:
@@ -78,22 +90,43 @@ class QemuHost:
 
     # What happens by itself
 
-    def _guest_ended(self, guest: Guest, ending: str) -> None:
+    def _guest_ended(self, guest: Guest, ending: str, detail: str) -> None:
         uuid = DomainUUID(guest.record.uuid)
         if guest.record.migration:
             self._receivers.pop(MigrationId(guest.record.migration), None)
             return
+        if guest.record.restoring:
+            return
         if self._guests.get(uuid) is guest:
             del self._guests[uuid]
-        self._tell(DomainEventKind(ending or "crashed"), guest.record.name, uuid)
+        self._tell(DomainEventKind(ending), guest.record.name, uuid, detail)
 
     def _guest_event(self, guest: Guest, event: Event) -> None:
+        if guest.record.migration or guest.record.restoring:
+            return
         kind = _EVENTS.get(event.name)
-        if kind is not None and not guest.record.migration:
-            self._tell(kind, guest.record.name, DomainUUID(guest.record.uuid))
+        if kind is not None:
+            self._tell(kind, guest.record.name, DomainUUID(guest.record.uuid), _detail(event))
+        if event.name in _SETTLED_AFTER and not guest.ending:
+            self._tasks.start_soon(self._settle_power, guest)
 
-    def _tell(self, kind: DomainEventKind, name: str, uuid: DomainUUID) -> None:
-        self._emit(DomainEvent(kind=kind, name=name, uuid=uuid, time_s=time.time()))
+    async def _settle_power(self, guest: Guest) -> None:
+        """Do what the state of a machine calls for; one that a migration has locked is left as it is."""
+        if self._free is None:
+            return  # the root is being opened, which ends with looking at every guest
+        try:
+            async with guest.lock:
+                # Under the lock: a migration that begins later waits for it before it sends anything.
+                self._free(DomainUUID(guest.record.uuid), guest.record.name)
+                await settle_power(guest, read_wishes(read_pinned(guest.record.definition).definition.root))
+        except DomainBusyError as error:
+            _log.warning("domain %s stays as it is: %s", guest.record.name, error)
+        except HypervisorError as error:
+            if not await guest.is_ending():
+                _log.warning("domain %s could not be settled: %s", guest.record.name, error)
+
+    def _tell(self, kind: DomainEventKind, name: str, uuid: DomainUUID, detail: str = "") -> None:
+        self._emit(DomainEvent(kind=kind, name=name, uuid=uuid, time_s=time.time(), detail=detail))
 
     # Domains
 
@@ -106,13 +139,18 @@ class QemuHost:
         if text is None:
             raise DomainNotFoundError(f"no domain with uuid {uuid} in {self._root.path}", domain=uuid)
         definition = read_pinned(text).definition
+        vcpu = definition.root.find("vcpu")
+        current = definition.vcpus if vcpu is None else int(vcpu.get("current", definition.vcpus))
         return DomainInfo(
             name=definition.name,
             uuid=uuid,
             state=state,
             persistent=uuid in self._defined,
             memory_bytes=definition.memory_bytes,
-            vcpus=definition.vcpus,
+            vcpus=current,
+            autostart=uuid in self._defined and self._root.autostart(uuid),
+            current_memory_bytes=guest.current_memory_bytes if guest is not None else None,
+            max_vcpus=definition.vcpus,
         )
 
     def _name_owner(self, name: str) -> DomainUUID | None:
@@ -139,40 +177,23 @@ class QemuHost:
 
     def _pin(self, machine: Machine) -> Machine:
         """Fix what a definition leaves open, and what this host's emulator needs otherwise."""
-        root = machine.definition.root
-        pinned = self._emulator.machines.get(machine.machine)
-        if pinned is None:
-            raise definition_error(
-                root.find("os/type"),
-                f"{self._emulator.path} has no machine type {machine.machine}: see the host's capabilities",
-            )
-        if not pinned.startswith("pc-i440fx-"):
-            raise definition_error(
-                root.find("os/type"),
-                f"the machine type {machine.machine} is not supported: use pc, or a pc-i440fx of some version",
-            )
-        if machine.accelerated and not self._emulator.kvm:
-            raise definition_error(
-                root, "KVM was tried on this host and does not work: use <domain type='qemu'>"
-            )
-        return pin(
-            machine,
-            machine_type=pinned,
-            cpu=machine.cpu or self._emulator.default_cpus.get(pinned, "qemu64"),
-            memory_bytes=self._emulator.migratable_memory(
-                machine.definition.memory_bytes, accelerated=machine.accelerated
-            ),
-        )
+        return pin(machine, HostChooser(self._emulator))
 
-    async def _start(self, machine: Machine, *, persistent: bool, paused: bool) -> None:
+    async def _start(
+        self,
+        machine: Machine,
+        *,
+        persistent: bool,
+        paused: bool,
+        autodestroy: bool = False,
+        detail: str = "booted",
+    ) -> None:
         definition = machine.definition
         self._reserved[definition.uuid] = definition.name
         try:
-            guest = await self._spawn(machine, persistent=persistent)
+            guest = await self._spawn(machine, persistent=persistent, autodestroy=autodestroy)
             try:
-                if not paused:
-                    async with guest.lock:
-                        await guest.command("cont")
+                await self._set_out(guest, definition, paused=paused)
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await guest.kill()
@@ -180,11 +201,37 @@ class QemuHost:
             self._take(guest)
         finally:
             del self._reserved[definition.uuid]
-        self._tell(DomainEventKind.STARTED, definition.name, definition.uuid)
+        self._tell(DomainEventKind.STARTED, definition.name, definition.uuid, detail)
 
-    async def _spawn(self, machine: Machine, *, persistent: bool, migration: str = "") -> Guest:
+    async def _set_out(self, guest: Guest, definition: Definition, *, paused: bool) -> None:
+        """Give a machine that was just started the memory that its definition says, and run it."""
+        async with guest.lock:
+            wanted = definition.root.find("currentMemory")
+            if wanted is not None and read_memory(wanted) < definition.memory_bytes:
+                await guest.command("balloon", {"value": read_memory(wanted)})
+            await guest.learn_memory()
+            if not paused:
+                await guest.command("cont")
+
+    async def _spawn(
+        self,
+        machine: Machine,
+        *,
+        persistent: bool,
+        migration: str = "",
+        restoring: bool = False,
+        autodestroy: bool = False,
+    ) -> Guest:
         definition = machine.definition
         run: RunDirectory = self._root.new_run_directory()
+        site = LocalSite(
+            self._root,
+            run,
+            emulator=machine.emulator or self._emulator.path,
+            incoming=bool(migration) or restoring,
+            uuid=definition.uuid,
+            name=definition.name,
+        )
         return await Guest.start(
             GuestRecord(
                 uuid=definition.uuid,
@@ -192,17 +239,12 @@ class QemuHost:
                 definition=definition.render(),
                 persistent=persistent,
                 migration=migration,
+                autodestroy=autodestroy,
+                restoring=restoring,
             ),
             run,
-            lambda control, read: build_argv(
-                machine,
-                emulator=machine.emulator or self._emulator.path,
-                name=definition.name,
-                control_fd=control,
-                read_fd=read,
-                incoming=bool(migration),
-                pidfile=run.pidfile,
-            ),
+            site,
+            partial(command_line, machine),
             log=self._root.log(definition.name),
             tasks=self._tasks,
             ended=self._guest_ended,
@@ -240,4 +282,10 @@ class QemuHost:
         guest.write(replace(guest.record, migration=""))
         self._guests[uuid] = guest
         self._reserved.pop(uuid, None)
+        self._tasks.start_soon(guest.learn_memory)
         self._tell(DomainEventKind.MIGRATED_IN, guest.record.name, uuid)
+
+
+def _detail(event: Event) -> str:
+    """What an event of QEMU says of its reason, in a word."""
+    return str(event.data.get("reason") or event.data.get("actual") or event.data.get("action") or "")

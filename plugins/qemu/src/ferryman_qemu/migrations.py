@@ -19,8 +19,10 @@ from ferryman.errors import (
     DefinitionError,
     DomainExistsError,
     FinishError,
+    GuestLostError,
     HypervisorError,
     InDoubtError,
+    PerformError,
     PrepareError,
 )
 from ferryman.hookspecs import (
@@ -32,10 +34,13 @@ from ferryman.hookspecs import (
     EvidenceRequest,
     ExpectRequest,
     FinishRequest,
+    MendReply,
+    MendRequest,
     PerformReply,
     PerformRequest,
     PrepareReply,
     PrepareRequest,
+    ServeReply,
     SweepRequest,
     TuneRequest,
     Verdict,
@@ -50,21 +55,27 @@ from ferryman.types import (
     TransferStatistics,
 )
 from ferryman.uri import MigrationURI
-from ferryman_qemu.commandline import (
+from ferryman_qemu.guest import Guest
+from ferryman_qemu.host import Expected, QemuHost
+from ferryman_qemu.machine import (
     Machine,
     read_pinned,
 )
-from ferryman_qemu.guest import Guest
-from ferryman_qemu.host import Expected, QemuHost
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
+from ferryman_qemu.tls import find_credentials
 from ferryman_qemu.transfer import (
     ACTIVE,
+    POSTCOPY,
+    TLS_IDS,
     Transfer,
     break_stream,
-    capabilities,
-    parameters,
+    mend_source,
+    receiver_settings,
+    serve_pages,
     settle_source,
+    source_settings,
     statistics_of,
+    tls_settings,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +85,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LOAD_PATIENCE_S = 30.0
+_LOOK_AGAIN_S = 0.002
 _CANCEL_PATIENCE_S = 5.0
 _UNIX_PATH_MAX = 107
+_WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - to be told apart, not to listen on
 _EVIDENCE = {
     "running": GuestEvidence.RUNNING,
     **dict.fromkeys(
@@ -95,9 +108,7 @@ class MigrationHooks(QemuHost):
         if guest is None:
             raise BeginError(f"domain {request.domain.name} is not active", side=Side.SOURCE)
         # What the transfer needs is set now, while the receiver has not even been started.
-        status, *_ = await guest.command_all(
-            Command("query-status"), capabilities("events", "return-path"), parameters(request.options)
-        )
+        status, *_ = await guest.command_all(Command("query-status"), *source_settings(request.options))
         return BeginReply(
             definition=guest.record.definition,
             paused=status["status"] != "running",
@@ -115,10 +126,29 @@ class MigrationHooks(QemuHost):
             )
         transfer = self._transfers[request.id] = Transfer(guest, request, self._tasks)
         try:
+            if request.options.tls:
+                name = request.options.tls_name or MigrationURI.parse(request.migration_uri).host or ""
+                try:
+                    await self._encrypt(guest, server=False, name=name)
+                except HypervisorError as error:
+                    raise PerformError(error.message, side=Side.SOURCE) from error
             return await transfer.run()
         finally:
             transfer.begun.set()
             del self._transfers[request.id]
+
+    async def _encrypt(self, guest: Guest, *, server: bool, name: str = "") -> None:
+        """Encrypt the next transfer. :raises HypervisorError: there are no credentials, or QEMU does not take them."""
+        credentials = find_credentials(self._root.path / "pki")
+        if credentials is None:
+            raise HypervisorError(f"{self._root.path / 'pki'} holds no credentials for encrypted transfers")
+        for identity in TLS_IDS:
+            try:
+                # An earlier attempt may have left it, with files that have changed since.
+                await guest.control.execute("object-del", {"id": identity})
+            except MonitorError as error:
+                _log.debug("%s was not there: %s", identity, error)
+        await guest.command_all(*tls_settings(credentials, server=server, name=name))
 
     @hookimpl
     async def migrate_confirm(self, request: ConfirmRequest) -> ConfirmReply:
@@ -128,6 +158,12 @@ class MigrationHooks(QemuHost):
         if guest is None:
             return ConfirmReply(guest_gone=True)
         async with guest.lock:
+            if (await guest.command("query-migrate")).get("status") in POSTCOPY:
+                # The refusal is durable: the other half never ran, and this one never can (HANDOVER.md, experiment 11).
+                _log.error("domain %s was split between two hosts, and the other half is gone", request.name)
+                guest.ending = "crashed"
+                await guest.kill()
+                return ConfirmReply(guest_gone=True)
             state = await settle_source(guest)
             if not request.paused and state != "running":
                 await guest.command("cont")
@@ -153,12 +189,52 @@ class MigrationHooks(QemuHost):
             wanted["max-bandwidth"] = request.tuning.bandwidth_bytes_per_s
         if request.tuning.max_downtime_ms is not None:
             wanted["downtime-limit"] = request.tuning.max_downtime_ms
+        if request.tuning.postcopy_bandwidth_bytes_per_s is not None:
+            wanted["max-postcopy-bandwidth"] = request.tuning.postcopy_bandwidth_bytes_per_s
         transfer = self._transfers.get(request.id)
         if transfer is not None:
             # Not before the transfer's own settings, which would undo this one.
             await transfer.begun.wait()
         if wanted:
             await guest.command("migrate-set-parameters", wanted)
+        if request.tuning.postcopy:
+            if transfer is not None:
+                transfer.begin_switch()
+            await guest.command("migrate-start-postcopy")
+
+    @hookimpl
+    async def migrate_serve(self, request: EvidenceRequest) -> ServeReply:
+        guest = self._guest_of(request.process)
+        return await serve_pages(guest) if guest is not None else ServeReply()
+
+    @hookimpl
+    async def migrate_mend(self, request: MendRequest) -> MendReply:
+        guest = self._guest_of(request.process)
+        if guest is None:
+            raise GuestLostError("the half of the guest that was here is gone", side=request.side)
+        if request.side is Side.SOURCE:
+            await mend_source(guest, request.migration_uri or "")
+            return MendReply()
+        uri = MigrationURI.parse(guest.record.listen)
+        if uri.protocol == "unix":
+            _require_free(uri.path)
+            listen = f"unix:{uri.path}"
+        else:
+            # QEMU cannot be asked which port it got: its main loop may wait for the very pages that are missing.
+            uri = uri.with_port(_free_port(uri.host or ""))
+            listen = f"tcp:{_bracketed(uri.host or '')}:{uri.port}"
+        try:
+            # Whoever asks knows that the stream is broken; QEMU here may not have noticed.
+            await guest.control.execute_oob("migrate-pause")
+        except MonitorError as error:
+            _log.info("domain %s waits already: %s", guest.record.name, error)
+        try:
+            await guest.control.execute_oob("migrate-recover", {"uri": listen})
+        except MonitorClosedError as error:
+            raise GuestLostError("the half of the guest that was here is gone", side=request.side) from error
+        except MonitorError as error:
+            raise HypervisorError(f"QEMU does not wait anew at {listen}: {error}") from error
+        return MendReply(migration_uri=uri.render())
 
     @hookimpl
     async def migrate_abort(self, request: AbortRequest) -> None:
@@ -166,6 +242,12 @@ class MigrationHooks(QemuHost):
         if guest is None:
             return
         with guest.control.events("MIGRATION") as events:
+            try:
+                if (await guest.command("query-migrate")).get("status") in POSTCOPY:
+                    return  # a guest that is split is not made whole by breaking the stream
+            except HypervisorError as error:
+                # A silent main loop is one that stops the guest; what can be broken then is the stream.
+                _log.info("QEMU does not say how far domain %s has come: %s", guest.record.name, error)
             try:
                 await break_stream(guest)
             except MonitorClosedError:
@@ -212,6 +294,8 @@ class MigrationHooks(QemuHost):
         transfer = TransferEvidence.FAILED
         if status == "none":
             transfer = TransferEvidence.NONE
+        elif status in POSTCOPY and state in ("finish-migrate", "postmigrate"):
+            transfer = TransferEvidence.SWITCHED
         elif status in ACTIVE:
             transfer = TransferEvidence.ACTIVE
         elif status == "completed":
@@ -245,12 +329,16 @@ class MigrationHooks(QemuHost):
         try:
             if listen.startswith("unix:"):
                 guest.write(replace(guest.record, socket=listen.removeprefix("unix:")))
+            if request.options.tls:
+                await self._encrypt(guest, server=True)
             *_, told = await guest.command_all(
-                capabilities("events", "return-path", "late-block-activate"),
+                *receiver_settings(request.options),
                 Command("migrate-incoming", {"uri": listen}),
                 Command("query-migrate"),
             )
             uri = propose or _proposed(told, request)
+            if request.options.postcopy is not None:
+                guest.write(replace(guest.record, listen=uri))
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await self._discard(guest)
@@ -325,11 +413,27 @@ class MigrationHooks(QemuHost):
                 return
             if state == "inmigrate":
                 with anyio.move_on_after(_LOAD_PATIENCE_S):
-                    await _first(guest.loaded, guest.gone)
+                    await _first(guest.loaded, guest.listening, guest.gone)
+                    if guest.listening.is_set():
+                        await self._await_devices(guest)
+                        return await self._cont(guest, request)
                 if not guest.loaded.is_set():
                     raise FinishError("the guest's state did not arrive whole", side=Side.DESTINATION)
         if guest.incoming_failed:
             raise FinishError(guest.incoming_failed, side=Side.DESTINATION)
+        return await self._cont(guest, request)
+
+    async def _await_devices(self, guest: Guest) -> None:
+        """Post-copy: wait until the devices' state is loaded.
+
+        QEMU tells it by no event where the guest does not start by itself (seen on 7.2): its run state is asked, and
+        the answer itself waits while devices are being loaded.
+        """
+        while await guest.run_state() == "inmigrate" and not guest.loaded.is_set():  # noqa: ASYNC110
+            await anyio.sleep(_LOOK_AGAIN_S)
+
+    async def _cont(self, guest: Guest, request: FinishRequest) -> None:
+        """Run a guest whose state is loaded."""
         if request.paused:
             return
         try:
@@ -356,8 +460,10 @@ class MigrationHooks(QemuHost):
 
 def _listen_uri(request: PrepareRequest) -> tuple[str, str]:
     """Where the receiver listens, as QEMU writes it, and what to propose; '' where the port is not known yet."""
+    ports = request.options.port_range
+    some = f"{ports[0]},to={ports[1]}" if ports is not None else "0"
     if request.migration_uri is None:
-        return f"tcp:{_bracketed(request.options.listen_address or '127.0.0.1')}:0", ""
+        return f"tcp:{_bracketed(request.options.listen_address or '127.0.0.1')}:{some}", ""
     uri = MigrationURI.parse(request.migration_uri)
     if uri.protocol == "unix":
         if not uri.path or len(os.fsencode(uri.path)) > _UNIX_PATH_MAX:
@@ -369,7 +475,7 @@ def _listen_uri(request: PrepareRequest) -> tuple[str, str]:
     if uri.protocol not in ("", "tcp"):
         raise PrepareError(f"QEMU has no transport {uri.protocol}: use tcp or unix", side=Side.DESTINATION)
     host = _bracketed(request.options.listen_address or uri.host or "")
-    return f"tcp:{host}:{uri.port or 0}", request.migration_uri if uri.port else ""
+    return f"tcp:{host}:{uri.port or some}", request.migration_uri if uri.port else ""
 
 
 def _require_free(path: str) -> None:
@@ -395,6 +501,14 @@ def _require_free(path: str) -> None:
     raise PrepareError(f"the receiver cannot listen at unix:{path}: {reason}", side=Side.DESTINATION)
 
 
+def _free_port(host: str) -> int:
+    """A port at which nobody listens now; somebody else may take it before QEMU does, which is tried again then."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
@@ -407,6 +521,9 @@ def _proposed(told: dict[str, Any], request: PrepareRequest) -> str:
             host = str(address["host"])
             if request.migration_uri is not None:
                 host = MigrationURI.parse(request.migration_uri).host or host
+            if host in _WILDCARDS:
+                # Listening everywhere: the name of this host is what another one can reach.
+                host = socket.getfqdn()
             return f"tcp://{_bracketed(host)}:{address['port']}"
     raise HypervisorError("QEMU does not say where it listens")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 from contextlib import suppress
@@ -22,12 +23,17 @@ from ferryman.errors import ConnectError, HypervisorError
 from ferryman_qemu.process import boot_id
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
 EMULATOR = "qemu-system-x86_64"
 _TIMEOUT_S = 30.0
+_POSTCOPY_TRIED = (7, 2)
+_NO_FEATURES = {"hypervisor", "svme-addr-chk", "cr8legacy"}
+"""Properties of the accelerator rather than of a processor, or which no model turns on."""
+
 _BITMAP_WORD_BYTES = 64 * 4096
 _MEMORY_STEP_BYTES = 8192
 """QEMU rounds the size of memory up to this (``BIOS``'s tables need it; softmmu/vl.c, 7.2)."""
@@ -40,6 +46,9 @@ class Emulator:
     :param machines: alias or name -> versioned name.
     :param default_cpus: versioned machine type -> CPU model that it has by itself.
     :param cpus: accelerator that works -> CPU model -> features of it that are missing here.
+    :param postcopy: post-copy is safe with it: a source that has begun the switch never runs again by itself.
+    :param features: accelerator -> every CPU feature that a guest can have here.
+    :param host_models: accelerator -> the named model that is nearest to that, and what it lacks of it.
     """
 
     path: str
@@ -47,22 +56,47 @@ class Emulator:
     machines: dict[str, str]
     default_cpus: dict[str, str]
     cpus: dict[str, dict[str, list[str]]]
+    postcopy: bool
+    features: dict[str, list[str]]
+    host_models: dict[str, tuple[str, list[str]]]
 
     @property
     def kvm(self) -> bool:
         """Whether KVM was tried and works."""
         return "kvm" in self.cpus
 
-    def cpu(self, model: str, *, accelerated: bool) -> str | None:
+    def accelerator(self, *, accelerated: bool) -> str:
+        """Name of the accelerator that a guest runs with."""
+        return "kvm" if accelerated else "tcg"
+
+    def lacking(
+        self, model: str, features: Sequence[tuple[str, bool]], *, accelerated: bool
+    ) -> list[str] | None:
+        """What a guest with a CPU model and features beyond it would lack here; None for an unknown model."""
+        accelerator = self.accelerator(accelerated=accelerated)
+        if model in ("max", "host"):
+            missing = []
+        else:
+            known = self.cpus.get(accelerator, {}).get(model)
+            if known is None:
+                return None
+            missing = list(known)
+        refused = {name for name, has in features if not has}
+        available = set(self.features.get(accelerator, ()))
+        missing += [name for name, has in features if has and name not in available]
+        return [name for name in dict.fromkeys(missing) if name not in refused]
+
+    def cpu(self, model: str, features: Sequence[tuple[str, bool]], *, accelerated: bool) -> str | None:
         """What a guest with a CPU model gets here, as a text that two hosts can compare; None for an unknown model."""
-        if model == "max":
-            return f"all that QEMU {dotted(self.version)} emulates"
-        if model == "host":
-            return f"the host's {host_cpu()}"
-        missing = self.cpus.get("kvm" if accelerated else "tcg", {}).get(model)
+        missing = self.lacking(model, features, accelerated=accelerated)
         if missing is None:
             return None
-        return f"{model} without {', '.join(missing)}" if missing else model
+        said = model
+        if model == "max":
+            said = f"all that QEMU {dotted(self.version)} emulates"
+        elif model == "host":
+            said = f"the host's {host_cpu()}"
+        return f"{said} without {', '.join(missing)}" if missing else said
 
     def migratable_memory(self, memory_bytes: int, *, accelerated: bool) -> int:
         """The guest's memory, or the next larger one with which this emulator loses no write while it sends a guest.
@@ -103,14 +137,19 @@ def probe(path: str, cache: Path) -> Emulator:
             return Emulator(**{**kept["emulator"], "version": tuple(kept["emulator"]["version"])})
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no cache, or one of another format: it is made anew below
-    answers = _ask(path, "tcg", ["query-version", "query-machines", "query-cpu-definitions"])
+    answers = _ask(
+        path, "tcg", [("query-version", {}), ("query-machines", {}), ("query-cpu-definitions", {})]
+    )
     if answers is None:
         raise HypervisorError(f"{path} does not start: run it with -machine none -accel tcg to see why")
     version = answers[0]["qemu"]
     cpus = {"tcg": _cpus(answers[2])}
-    accelerated = _ask(path, "kvm", ["query-cpu-definitions"])
+    accelerated = _ask(path, "kvm", [("query-cpu-definitions", {})])
     if accelerated is not None:
         cpus["kvm"] = _cpus(accelerated[0])
+    features, host_models = {}, {}
+    for accelerator, models in cpus.items():
+        features[accelerator], host_models[accelerator] = _host_model(path, accelerator, models)
     emulator = Emulator(
         path=path,
         version=(version["major"], version["minor"], version["micro"]),
@@ -124,6 +163,9 @@ def probe(path: str, cache: Path) -> Emulator:
             if "default-cpu-type" in machine
         },
         cpus=cpus,
+        postcopy=_postcopy(path, (version["major"], version["minor"])),
+        features=features,
+        host_models=host_models,
     )
     temporary = cache.with_name(cache.name + f".{os.getpid()}")
     try:
@@ -149,13 +191,59 @@ def host_cpu() -> str:
     return " ".join(names[0].split()) if names else ""
 
 
+def _host_model(
+    path: str, accelerator: str, models: dict[str, list[str]]
+) -> tuple[list[str], tuple[str, list[str]]]:
+    """What a guest can have here, and the named model that comes nearest to it, with what it lacks of that.
+
+    :source: QMP ``query-cpu-model-expansion``: of ``static`` every property stands by its proper name.
+    """
+    most = "host" if accelerator == "kvm" else "max"
+    # Of the names of each model only the versioned ones: the bare name is another name of the first.
+    named = [name for name, missing in models.items() if not missing and re.search(r"-v\d+$", name)]
+    asks = [("static", most), ("full", most), *(("full", name) for name in named)]
+    answers = _ask(
+        path,
+        accelerator,
+        [("query-cpu-model-expansion", {"type": kind, "model": {"name": name}}) for kind, name in asks],
+    )
+    if answers is None:
+        raise HypervisorError(f"{path} does not say which CPU features it has with {accelerator}")
+    best, all_names, *others = [
+        {name for name, value in answer["model"]["props"].items() if value is True} for answer in answers
+    ]
+    nearest = (
+        max((len(has & best), name, has) for name, has in zip(named, others, strict=True))
+        if named
+        else (0, "qemu64", set())
+    )
+    _, model, has = nearest
+    return sorted(all_names), (model, sorted(best - has - _NO_FEATURES))
+
+
 def _cpus(definitions: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {cpu["name"]: sorted(cpu.get("unavailable-features", ())) for cpu in definitions}
 
 
-def _ask(path: str, accelerator: str, commands: list[str]) -> list[Any] | None:
+def _postcopy(path: str, version: tuple[int, int]) -> bool:
+    """Whether a source that says ``postcopy-active`` can no longer run by itself.
+
+    7.2 never resumes it (seen).  Since 8.x one that fails right after it has sent the devices' state starts its guest
+    again, although the destination may have everything; until, in versions with the state ``postcopy-device``,
+    ``postcopy-active`` means that the destination has loaded it.
+
+    :source: QEMU migration/migration.c, postcopy_start and migration_iteration_finish.
+    """
+    if version == _POSTCOPY_TRIED:
+        return True
+    answers = _ask(path, "tcg", [("query-qmp-schema", {})])
+    return answers is not None and "postcopy-device" in json.dumps(answers)
+
+
+def _ask(path: str, accelerator: str, commands: list[tuple[str, dict[str, Any]]]) -> list[Any] | None:
     """Start the emulator with no machine and ask it; None where it does not start with that accelerator."""
-    lines = [json.dumps({"execute": name}) for name in ("qmp_capabilities", *commands, "quit")]
+    asked = [("qmp_capabilities", {}), *commands, ("quit", {})]
+    lines = [json.dumps({"execute": name, "arguments": arguments}) for name, arguments in asked]
     argv = [
         path,
         "-machine",

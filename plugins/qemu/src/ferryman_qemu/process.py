@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -55,11 +55,14 @@ class Process:
         self._pidfd = pidfd
 
     @classmethod
-    def spawn(cls, argv: Sequence[str], *, output: Path, inherited: Sequence[int]) -> Process:
+    def spawn(
+        cls, argv: Sequence[str], *, output: Path, inherited: Sequence[int], environment: Mapping[str, str]
+    ) -> Process:
         """Start a program in a session of its own; blocking, about a millisecond.
 
         :param output: file that gets what it prints, appended.
         :param inherited: descriptors that it keeps, under their numbers.
+        :param environment: variables that it has beyond this program's.
         :raises OSError: it could not be started.
         """
         actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
@@ -72,7 +75,7 @@ class Process:
         pid = os.posix_spawn(
             argv[0],
             list(argv),
-            os.environ,
+            {**os.environ, **environment},
             file_actions=actions,
             setsid=True,
             setsigmask=[],

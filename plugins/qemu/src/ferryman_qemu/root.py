@@ -7,6 +7,10 @@
     probe.json              what the emulator can do
     journal, .mark, .reserve
     domains/<uuid>.xml      persistent definitions
+    domains/<uuid>.autostart    beside one that starts with the host
+    booted                  the boot of the host at which they were started last
+    nvram/<uuid>.fd         variables of UEFI firmware
+    tpm/<uuid>/             state of a TPM
     logs/<name>.log         command lines and what QEMU printed
     run/<nonce>/            one process of QEMU:
         guest.json          who it is; written when its pid is known
@@ -26,9 +30,9 @@ import shutil
 import socket
 import uuid as uuid_module
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 
@@ -52,6 +56,15 @@ class GuestRecord:
     :param migration: id of the migration that this process receives; '' for a domain.
     :param identity: boot id, pid and start time.
     :param socket: unix socket that the receiver listens on; QEMU removes it unless it is killed.
+    :param taps: names of the taps that were made for the process, by the alias of their interface.
+    :param listen: post-copy: migration URI where the receiver waited, and waits again when the stream breaks.
+    :param log_begin: where in the domain's log begins what this process prints.
+    :param autodestroy: the domain ends with the program that started it.
+    :param restoring: the guest's state is being loaded from a file, which still has it.
+    :param reboot: what of a reboot is under way.
+    :param save_path: file that the guest is being saved into; '' while it is not.
+    :param save_running: the guest ran before it was saved, and runs again if the save fails.
+    :param save_whole: all of the guest's state is in the unfinished file, which may have its name already.
     """
 
     uuid: str
@@ -61,6 +74,15 @@ class GuestRecord:
     migration: str = ""
     identity: str = ""
     socket: str = ""
+    listen: str = ""
+    log_begin: int = 0
+    taps: dict[str, str] = field(default_factory=dict)
+    autodestroy: bool = False
+    restoring: bool = False
+    reboot: Literal["", "asked", "resetting"] = ""
+    save_path: str = ""
+    save_running: bool = False
+    save_whole: bool = False
 
 
 def root_of(uri: ConnectionURI) -> Path:
@@ -168,8 +190,48 @@ class Root:
         _write(self.path / "domains" / f"{uuid}.xml", definition)
 
     def remove_definition(self, uuid: DomainUUID) -> None:
-        """Forget a persistent definition."""
+        """Forget a persistent definition, and that it starts with the host."""
+        self.set_autostart(uuid, enabled=False)
         (self.path / "domains" / f"{uuid}.xml").unlink(missing_ok=True)
+
+    def nvram(self, uuid: str) -> Path:
+        """Where the firmware of a domain keeps its variables, unless the definition names a place."""
+        return self.path / "nvram" / f"{uuid}.fd"
+
+    def tpm(self, uuid: str) -> Path:
+        """The directory in which the TPM of a domain keeps its state."""
+        return self.path / "tpm" / uuid
+
+    def remove_state(self, uuid: DomainUUID) -> None:
+        """Remove what a domain that is gone has kept here beside its definition."""
+        self.nvram(uuid).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.tpm(uuid))
+
+    def autostart(self, uuid: DomainUUID) -> bool:
+        """Whether a domain starts with the host."""
+        return self._autostart_mark(uuid).exists()
+
+    def set_autostart(self, uuid: DomainUUID, *, enabled: bool) -> None:
+        """Start a domain with the host, or no longer. :raises HypervisorError: it cannot be written."""
+        if enabled:
+            _write(self._autostart_mark(uuid), "")
+        else:
+            self._autostart_mark(uuid).unlink(missing_ok=True)
+
+    def _autostart_mark(self, uuid: DomainUUID) -> Path:
+        return self.path / "domains" / f"{uuid}.autostart"
+
+    def has_booted(self, boot: str) -> bool:
+        """Whether the host has booted since the domains were last started with it."""
+        try:
+            return (self.path / "booted").read_text() != boot
+        except OSError:
+            return True
+
+    def note_boot(self, boot: str) -> None:
+        """Note that the domains were started with the host. :raises HypervisorError: it cannot be written."""
+        _write(self.path / "booted", boot)
 
     def run_directories(self) -> list[RunDirectory]:
         """Directories of all processes that were started here and not cleaned up."""
@@ -220,14 +282,19 @@ class RunDirectory:
         return listener
 
     async def connect(self, name: str) -> anyio.abc.UNIXSocketStream:
-        """Connect to a monitor. :raises OSError: nobody listens."""
-        with _directory(self.path) as short:
-            return await anyio.connect_unix(f"{short}/{name}")
+        """Connect to a monitor, or to a channel. :raises OSError: nobody listens."""
+        return await connect_unix(self.path / name)
 
     def remove(self) -> None:
         """Remove the directory and everything in it."""
         with suppress(FileNotFoundError):
             shutil.rmtree(self.path)
+
+
+async def connect_unix(path: Path) -> anyio.abc.UNIXSocketStream:
+    """Connect to a socket, whose path may be longer than a socket's address can be. :raises OSError: nobody listens."""
+    with _directory(path.parent) as short:
+        return await anyio.connect_unix(f"{short}/{path.name}")
 
 
 class _directory:  # noqa: N801 - used as a function

@@ -6,6 +6,12 @@ migration/migration.c (``migration_iteration_finish``), qapi/yank.json.
 Proof of stop
     ``completed`` of this attempt *and* the run state ``finish-migrate`` or ``postmigrate``.  Neither alone proves
     anything: QEMU resumes a source by itself when its stream breaks before completion.
+Post-copy
+    ``postcopy-active`` is told when the switch begins, and QEMU can still fail it while it sends the devices' state; it
+    holds its main lock until that is done.  So the proof is the run state ``finish-migrate`` and ``postcopy-active`` in
+    answers *after* that event, which come only when the lock is free again.  QEMU 7.2 never resumes a source that has
+    begun the switch: at worst the guest stands still in ``failed`` and ``postmigrate``, and waits for our ``cont``.
+    A stream that breaks later leaves both halves waiting; it is mended, never given up.
 Abort
     The stream is broken out of band (``yank``), since QEMU's main loop may be silent at the end until the stream moves;
     QEMU then fails the migration and resumes the guest itself.  Never ``migrate_cancel``: where it comes while the
@@ -19,6 +25,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -26,8 +33,8 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from ferryman.errors import HypervisorError, InDoubtError, PerformError
-from ferryman.hookspecs import PerformReply, PerformRequest
-from ferryman.types import GuestState, MigrationOptions, Side, TransferStatistics
+from ferryman.hookspecs import PerformReply, PerformRequest, ServeReply
+from ferryman.types import Compression, GuestState, MigrationOptions, Side, TransferStatistics
 from ferryman.uri import MigrationURI
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout
 
@@ -36,11 +43,17 @@ if TYPE_CHECKING:
 
     from ferryman_qemu.guest import Guest
     from ferryman_qemu.monitor import EventStream
+    from ferryman_qemu.tls import Credentials
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_DOWNTIME_MS = 300
 """QEMU's own default of ``downtime-limit``; set each time, since an earlier migration may have left another."""
+
+_THROTTLE_INITIAL = 20
+_THROTTLE_INCREMENT = 10
+_THROTTLE_MAX = 99
+"""QEMU's own defaults of the throttle, in percent."""
 
 _END_PATIENCE_S = 30.0
 _SAMPLE_S = 0.25
@@ -68,21 +81,115 @@ ACTIVE = frozenset(
 """What ``query-migrate`` answers while a transfer has not ended (qapi/migration.json, MigrationStatus)."""
 
 
-def capabilities(*names: str) -> Command:
-    """The command that switches capabilities of QEMU's migrations on."""
-    states = [{"capability": name, "state": True} for name in names]
+_CAPABILITIES = (
+    "events",
+    "return-path",
+    "multifd",
+    "xbzrle",
+    "auto-converge",
+    "zero-copy-send",
+    "postcopy-ram",
+)
+"""What is switched on or off for every transfer, since an earlier attempt may have left something on."""
+
+_STREAMS = 2
+"""Streams of a transfer that is compressed, where their number is not said; QEMU's own default."""
+
+POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
+"""What ``query-migrate`` answers while a guest is split between two processes."""
+
+_TLS_ID = "ferryman-tls"
+TLS_IDS = (_TLS_ID, f"{_TLS_ID}-authz")
+"""Objects of QEMU that belong to encrypted transfers."""
+
+
+def streams_of(options: MigrationOptions) -> int:
+    """Number of connections beside the main one; 0 is a transfer over one connection alone."""
+    if options.streams is None and options.compression in (Compression.ZLIB, Compression.ZSTD):
+        return _STREAMS
+    return options.streams or 0
+
+
+def _shared(options: MigrationOptions) -> set[str]:
+    """Capabilities that both ends must have."""
+    wanted = {"events", "return-path"}
+    if streams_of(options):
+        wanted.add("multifd")
+    if options.compression is Compression.XBZRLE:
+        wanted.add("xbzrle")
+    if options.postcopy is not None:
+        wanted.add("postcopy-ram")
+    return wanted
+
+
+def _states(wanted: set[str]) -> Command:
+    names = dict.fromkeys((*_CAPABILITIES, *sorted(wanted)))
+    states = [{"capability": name, "state": name in wanted} for name in names]
     return Command("migrate-set-capabilities", {"capabilities": states})
 
 
-def parameters(options: MigrationOptions) -> Command:
-    """The command that sets what a source is asked for; a bandwidth of 0 is no cap."""
-    return Command(
-        "migrate-set-parameters",
-        {
-            "max-bandwidth": options.bandwidth_bytes_per_s or 0,
-            "downtime-limit": options.max_downtime_ms or DEFAULT_DOWNTIME_MS,
-        },
-    )
+def source_settings(options: MigrationOptions) -> tuple[Command, ...]:
+    """Commands that set what a source is asked for; a bandwidth of 0 is no cap."""
+    wanted = _shared(options)
+    if options.auto_converge:
+        wanted.add("auto-converge")
+    if options.zero_copy:
+        wanted.add("zero-copy-send")
+    values: dict[str, Any] = {
+        "max-bandwidth": options.bandwidth_bytes_per_s or 0,
+        "downtime-limit": options.max_downtime_ms or DEFAULT_DOWNTIME_MS,
+        "max-postcopy-bandwidth": options.postcopy_bandwidth_bytes_per_s or 0,
+        "cpu-throttle-initial": options.throttle_initial_percent or _THROTTLE_INITIAL,
+        "cpu-throttle-increment": options.throttle_increment_percent or _THROTTLE_INCREMENT,
+        "max-cpu-throttle": options.throttle_max_percent or _THROTTLE_MAX,
+        # Set when the address is known, where the transfer is encrypted.
+        "tls-creds": "",
+        "tls-hostname": "",
+        **_stream_values(options),
+    }
+    if options.xbzrle_cache_bytes is not None:
+        values["xbzrle-cache-size"] = options.xbzrle_cache_bytes
+    return (_states(wanted), Command("migrate-set-parameters", values))
+
+
+def receiver_settings(options: MigrationOptions) -> tuple[Command, ...]:
+    """Commands that set what a receiver must know before it listens."""
+    settings = [_states(_shared(options) | {"late-block-activate"})]
+    if streams_of(options):
+        settings.append(Command("migrate-set-parameters", _stream_values(options)))
+    return tuple(settings)
+
+
+def _stream_values(options: MigrationOptions) -> dict[str, Any]:
+    streams = streams_of(options)
+    compression = options.compression if streams else None
+    values: dict[str, Any] = {
+        "multifd-channels": streams or _STREAMS,
+        "multifd-compression": compression.value
+        if compression in (Compression.ZLIB, Compression.ZSTD)
+        else "none",
+    }
+    if options.compression_level is not None and compression is not None:
+        values[f"multifd-{compression.value}-level"] = options.compression_level
+    return values
+
+
+def tls_settings(credentials: Credentials, *, server: bool, name: str) -> tuple[Command, ...]:
+    """Commands that encrypt the next transfer.
+
+    :param name: of the server, which its certificate must bear; '' at the server.
+    """
+    values = {"tls-creds": _TLS_ID, "tls-hostname": name}
+    commands = [Command("object-add", {"id": _TLS_ID, **credentials.object(server=server)})]
+    if server and credentials.authorized is not None:
+        authorization = {
+            "qom-type": "authz-list-file",
+            "id": f"{_TLS_ID}-authz",
+            "filename": credentials.authorized,
+        }
+        commands.append(Command("object-add", authorization))
+        values["tls-authz"] = f"{_TLS_ID}-authz"
+    return (*commands, Command("migrate-set-parameters", values))
 
 
 class Transfer:
@@ -92,8 +199,9 @@ class Transfer:
         self._guest = guest
         self._request = request
         self._tasks = tasks
-        self._stopped_at: float | None = None
         self._was_running = False
+        self._streams = streams_of(request.options)
+        self._switching = False
         self._sample_wanted = anyio.Event()
         self.begun = anyio.Event()
 
@@ -105,7 +213,7 @@ class Transfer:
         :cancellation: aborts; returns all the same when it is too late for that.
         """
         try:
-            with self._guest.control.events("MIGRATION", "MIGRATION_PASS", "STOP") as events:
+            with self._guest.control.events("MIGRATION", "MIGRATION_PASS") as events:
                 await self._begin()
                 sampling = anyio.CancelScope()
                 self._tasks.start_soon(self._sample, sampling)
@@ -120,7 +228,18 @@ class Transfer:
                 side=Side.SOURCE,
             ) from error
 
+    def begin_switch(self) -> None:
+        """Note that the switch to post-copy is being commanded: from now on nothing may break the stream."""
+        self._switching = True
+
     async def _begin(self) -> None:
+        if self._streams:
+            # Each stream is a connection of its own, which QEMU makes itself.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            with anyio.CancelScope(shield=True):
+                await self._migrate(Command("migrate", {"uri": _qemu_uri(self._request.migration_uri)}))
+            self.begun.set()
+            return
         try:
             stream = await _connect(self._request.migration_uri)
         except OSError as error:
@@ -131,20 +250,44 @@ class Transfer:
             await anyio.lowlevel.checkpoint_if_cancelled()
             # INVARIANT: once QEMU may have been told to send, a cancellation goes through _abort, which ends that.
             with anyio.CancelScope(shield=True):
-                await self._migrate(stream)
+                guard = anyio.CancelScope()
+                if self._request.options.tls:
+                    self._tasks.start_soon(self._guard_handshake, stream, guard)
+                try:
+                    await self._migrate(
+                        Command("getfd", {"fdname": _FD_NAME}, [stream.fileno()]),
+                        Command("migrate", {"uri": f"fd:{_FD_NAME}"}),
+                    )
+                    if self._request.options.tls:
+                        await self._await_handshake()
+                finally:
+                    guard.cancel()
         self.begun.set()
 
-    async def _migrate(self, stream: socket.socket) -> None:
+    async def _await_handshake(self) -> None:
+        """Wait until an encrypted transfer has begun, or failed."""
+        while (await self._guest.command("query-migrate")).get("status") == "setup":  # noqa: ASYNC110
+            # QEMU tells neither the handshake's begin nor its end by an event.
+            await anyio.sleep(_SAMPLE_APART_S)
+
+    async def _guard_handshake(self, stream: socket.socket, scope: anyio.CancelScope) -> None:
+        """Cut a connection whose other end is silent while the encryption begins.
+
+        QEMU's main loop waits for it then, and the guest with it; neither ``yank`` nor anything else on the monitor
+        ends that (seen on 7.2), but the end of the connection does.
+        """
+        with scope:
+            await anyio.sleep(_CONNECT_S)
+            _log.warning("the other end was silent for %g s while the encryption began", _CONNECT_S)
+            with suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+
+    async def _migrate(self, *commands: Command) -> None:
         """Tell QEMU to send; where it gets no descriptor, the command for that fails too."""
         guest = self._guest
-        commands = (
-            Command("query-status"),
-            Command("getfd", {"fdname": _FD_NAME}, [stream.fileno()]),
-            Command("migrate", {"uri": f"fd:{_FD_NAME}"}),
-        )
         async with guest.lock:
             try:
-                status, *_ = await guest.control.execute_all(commands)
+                status, *_ = await guest.control.execute_all((Command("query-status"), *commands))
             except MonitorClosedError:
                 raise
             except MonitorTimeout as error:
@@ -158,31 +301,42 @@ class Transfer:
             end = await self._wait_end(events)
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
-                end = await self._abort(events)
-                if end != "completed":
+                end = await (self._wait_end(events) if self._switching else self._abort(events))
+                if end in ("failed", "cancelled"):
                     await settle_source(self._guest)
-                    raise
-                return await self._prove()
-        if end == "completed":
-            with anyio.CancelScope(shield=True):
-                return await self._prove()
-        reason = await self._reason()
-        raise self._failed(reason)
+            if end in ("failed", "cancelled"):
+                raise
+        if end in ("failed", "cancelled"):
+            raise self._failed(await self._reason())
+        with anyio.CancelScope(shield=True):
+            reply = await self._prove(end)
+        return reply
 
     async def _wait_end(self, events: EventStream) -> str:
-        """Wait until this attempt has ended: ``completed``, ``failed`` or ``cancelled``."""
+        """Wait until this attempt has ended: ``completed``, ``switched``, ``failed`` or ``cancelled``."""
         while True:
             event = await events.get()
-            if event.name == "STOP":
-                self._stopped_at = event.timestamp_s
-            elif event.name == "MIGRATION_PASS":
+            if event.name == "MIGRATION_PASS":
                 self._sample_wanted.set()
             else:
                 status = str(event.data.get("status"))
                 if status in ("completed", "failed", "cancelled"):
                     return status
+                if status == "postcopy-active":
+                    # Another end overtakes this one where the switch fails, or where little was left to send.
+                    status = await self._status_after_switch()
+                    if status != "active":
+                        return status
 
-    async def _prove(self) -> PerformReply:
+    async def _status_after_switch(self) -> str:
+        """What has come of a switch, by answers that QEMU gives only when it is done with it."""
+        state, info = await self._guest.command_all(Command("query-status"), Command("query-migrate"))
+        status = str(info.get("status"))
+        if status in POSTCOPY:
+            return "switched" if state["status"] in _STOPPED_STATES else "active"
+        return status if status in ("completed", "failed") else "active"
+
+    async def _prove(self, end: str) -> PerformReply:
         state = await self._guest.run_state()
         if state not in _STOPPED_STATES:
             raise InDoubtError(
@@ -191,9 +345,12 @@ class Transfer:
                 side=Side.SOURCE,
             )
         stopped_for_ms = None
-        if self._was_running and self._stopped_at is not None:
-            stopped_for_ms = max(0.0, (time.time() - self._stopped_at) * 1000)
-        return PerformReply(statistics=TransferStatistics(), stopped_for_ms=stopped_for_ms)
+        stopped_at = self._guest.stopped_at
+        if self._was_running and stopped_at is not None:
+            stopped_for_ms = max(0.0, (time.time() - stopped_at) * 1000)
+        return PerformReply(
+            statistics=TransferStatistics(), stopped_for_ms=stopped_for_ms, switched=end == "switched"
+        )
 
     async def _abort(self, events: EventStream) -> str:
         """End the transfer at any moment, and say how it ended."""
@@ -219,6 +376,8 @@ class Transfer:
     async def _sample(self, scope: anyio.CancelScope) -> None:
         """Show counters when a pass over the memory ends, and now and then between."""
         with scope:
+            last: object = None
+            moved_at = anyio.current_time()
             while True:
                 # A transfer that is over before this is not asked while it is in a hurry.
                 await anyio.sleep(_SAMPLE_APART_S)
@@ -229,8 +388,21 @@ class Transfer:
                     info = await self._guest.command("query-migrate")
                 except HypervisorError as error:
                     _log.info("the transfer's counters could not be read: %s", error)
+                    info = {}
+                    if self._guest.control.closed:
+                        return
+                if info:
+                    self._request.progress(statistics_of(info))
+                now = (info.get("status"), (info.get("ram") or {}).get("transferred"))
+                if info and now != last:
+                    last, moved_at = now, anyio.current_time()
+                if self._streams and anyio.current_time() - moved_at > _SILENCE_S and not self._switching:
+                    # QEMU's own connections have no limit to a peer's silence, so a cut network would go unnoticed.
+                    _log.warning(
+                        "nothing of domain %s was sent for %d s", self._guest.record.name, _SILENCE_S
+                    )
+                    await break_stream(self._guest)
                     return
-                self._request.progress(statistics_of(info))
 
 
 async def break_stream(guest: Guest) -> None:
@@ -245,6 +417,64 @@ async def break_stream(guest: Guest) -> None:
     except MonitorError as error:
         # There is none where the transfer has just ended.
         _log.info("the stream of domain %s could not be broken: %s", guest.record.name, error)
+
+
+def _qemu_uri(text: str) -> str:
+    """A migration URI as QEMU writes it."""
+    uri = MigrationURI.parse(text)
+    if uri.protocol == "unix":
+        return f"unix:{uri.path}"
+    host = f"[{uri.host}]" if uri.host and ":" in uri.host else uri.host
+    return f"tcp:{host}:{uri.port}"
+
+
+async def serve_pages(guest: Guest) -> ServeReply:
+    """Wait until the destination has every page of a guest that runs there already, or the stream broke."""
+    with guest.control.events("MIGRATION") as events:
+        while True:
+            try:
+                status = (await guest.command("query-migrate")).get("status")
+            except HypervisorError:
+                if await guest.is_ending():
+                    return ServeReply(lost=True)
+                raise
+            if status == "postcopy-paused":
+                return ServeReply(broken=True)
+            if status not in POSTCOPY:
+                return ServeReply(lost=status == "failed")
+            try:
+                await events.get()
+            except MonitorClosedError:
+                await guest.gone.wait()
+                return ServeReply(lost=True)
+
+
+async def mend_source(guest: Guest, uri: str) -> None:
+    """Send the rest of a guest over a new connection.
+
+    :raises HypervisorError: the destination cannot be reached, or QEMU does not resume.
+    :source: QEMU 7.2: a stream that is lost while both ends compare what is missing ends the destination's QEMU, so it
+        is connected here, and nobody else is let in between.
+    """
+    try:
+        stream = await _connect(uri)
+    except OSError as error:
+        raise HypervisorError(f"the destination at {uri} cannot be reached: {error}") from error
+    with stream, guest.control.events("MIGRATION") as events, anyio.CancelScope(shield=True):
+        async with guest.lock:
+            await guest.command_all(
+                Command("getfd", {"fdname": _FD_NAME}, [stream.fileno()]),
+                Command("migrate", {"uri": f"fd:{_FD_NAME}", "resume": True}),
+            )
+        with anyio.move_on_after(_END_PATIENCE_S):
+            while (status := (await guest.command("query-migrate")).get("status")) in (
+                "postcopy-recover",
+                "postcopy-recover-setup",
+            ):
+                await events.get()
+            if status in ("postcopy-active", "completed"):
+                return
+    raise HypervisorError(f"QEMU of domain {guest.record.name} did not take the new connection")
 
 
 async def settle_source(guest: Guest) -> str:
@@ -334,7 +564,6 @@ def statistics_of(info: dict[str, Any]) -> TransferStatistics:
         downtime_ms=info.get("downtime"),
         setup_ms=info.get("setup-time"),
         total_ms=info.get("total-time"),
+        throttle_percent=info.get("cpu-throttle-percentage"),
+        postcopy=info.get("status") in POSTCOPY,
     )
-
-
-__all__ = ["Transfer", "capabilities", "connect_stream", "parameters", "settle_source", "statistics_of"]

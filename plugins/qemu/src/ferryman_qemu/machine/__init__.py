@@ -18,6 +18,7 @@ from ferryman_qemu.machine.build import (
     cpu_text,
     disk_paths,
 )
+from ferryman_qemu.machine.compare import differences
 from ferryman_qemu.machine.ignored import IGNORED
 from ferryman_qemu.machine.model import Interface, Machine
 from ferryman_qemu.machine.pin import Chooser, pin
@@ -34,6 +35,7 @@ __all__ = [
     "boot_paths",
     "command_line",
     "cpu_text",
+    "differences",
     "disk_paths",
     "pin",
     "read_machine",
