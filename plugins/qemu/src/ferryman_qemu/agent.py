@@ -27,12 +27,13 @@ import anyio
 
 from ferryman.errors import DomainStateError, HypervisorError
 from ferryman.types import ShutdownMode
+from ferryman_qemu.machine import AGENT_CHANNEL
 from ferryman_qemu.monitor import MonitorClosedError
 
 if TYPE_CHECKING:
     from ferryman_qemu.guest import Guest
 
-CHANNEL = "channel-org.qemu.guest_agent.0"
+CHANNEL = f"channel-{AGENT_CHANNEL}"
 """The socket in the guest's run directory that leads to the agent."""
 
 ANSWER_MAX_BYTES = 16 * 1024 * 1024

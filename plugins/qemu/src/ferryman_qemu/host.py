@@ -29,7 +29,7 @@ from ferryman.types import (
 )
 from ferryman_qemu.choose import HostChooser
 from ferryman_qemu.guest import Guest
-from ferryman_qemu.machine import Machine, command_line, pin, read_pinned
+from ferryman_qemu.machine import AGENT_CHANNEL, Machine, command_line, pin, read_pinned
 from ferryman_qemu.power import read_wishes, settle_power
 from ferryman_qemu.probe import Emulator
 from ferryman_qemu.root import GuestRecord, Root, RunDirectory
@@ -105,10 +105,17 @@ class QemuHost:
         if guest.record.migration or guest.record.restoring:
             return
         kind = _EVENTS.get(event.name)
+        if event.name == "VSERPORT_CHANGE" and event.data.get("id") == self._agent_port(guest):
+            kind = DomainEventKind.AGENT_CONNECTED if event.data.get("open") else DomainEventKind.AGENT_GONE
         if kind is not None:
             self._tell(kind, guest.record.name, DomainUUID(guest.record.uuid), _detail(event))
         if event.name in _SETTLED_AFTER and not guest.ending:
             self._tasks.start_soon(self._settle_power, guest)
+
+    def _agent_port(self, guest: Guest) -> str:
+        """Alias of the port that leads to the agent; '' where there is none."""
+        ports = read_pinned(guest.record.definition).ports
+        return next((port.alias for port in ports if port.name == AGENT_CHANNEL), "")
 
     async def _settle_power(self, guest: Guest) -> None:
         """Do what the state of a machine calls for; one that a migration has locked is left as it is."""

@@ -50,18 +50,32 @@ _FD_NAME = "ferryman-save"
 _PIPE_BYTES = 1 << 20
 _END_PATIENCE_S = 30.0
 _SAVABLE = ("running", "paused", "prelaunch")
-_PLAIN = Command(
-    "migrate-set-capabilities",
-    {
-        "capabilities": [
-            {"capability": "events", "state": True},
-            # A file does not answer.
-            {"capability": "return-path", "state": False},
-            {"capability": "late-block-activate", "state": False},
-        ]
-    },
+_OFF = (
+    "return-path",
+    "multifd",
+    "xbzrle",
+    "auto-converge",
+    "zero-copy-send",
+    "postcopy-ram",
+    "late-block-activate",
 )
-_UNLIMITED = Command("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": DEFAULT_DOWNTIME_MS})
+"""A file does not answer, and what an earlier migration left on would not be understood where the file is read."""
+
+_SETTINGS = (
+    Command(
+        "migrate-set-capabilities",
+        {
+            "capabilities": [
+                {"capability": "events", "state": True},
+                *({"capability": name, "state": False} for name in _OFF),
+            ]
+        },
+    ),
+    Command(
+        "migrate-set-parameters",
+        {"max-bandwidth": 0, "downtime-limit": DEFAULT_DOWNTIME_MS, "tls-creds": "", "tls-hostname": ""},
+    ),
+)
 
 
 class SaveHooks(QemuHost):
@@ -124,7 +138,7 @@ class SaveHooks(QemuHost):
 
     async def _write_state(self, guest: Guest, file: SaveFile) -> None:
         """Stop the guest and write all of it. :cancellation: the pipe breaks, and with it the save."""
-        await guest.command_all(Command("stop"), _PLAIN, _UNLIMITED)
+        await guest.command_all(Command("stop"), *_SETTINGS)
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             with suppress(OSError):  # a larger pipe is faster, and not everybody may have it
@@ -231,7 +245,7 @@ class SaveHooks(QemuHost):
         guest = await self._spawn(machine, persistent=uuid in self._defined, restoring=True)
         try:
             await guest.command_all(
-                _PLAIN,
+                *_SETTINGS,
                 Command("getfd", {"fdname": _FD_NAME}, [descriptor]),
                 Command("migrate-incoming", {"uri": f"fd:{_FD_NAME}"}),
             )
