@@ -76,6 +76,7 @@ HOST_XML = """\
       <postcopy/>
       <tls/>
       <redefine/>
+      <copy_storage/>
       <uri_transports>
         <uri_transport>tcp</uri_transport>
         <uri_transport>unix</uri_transport>
