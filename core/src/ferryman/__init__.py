@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         SettledEvent,
         ShutdownMode,
         Side,
+        StorageCopy,
         TimeoutAction,
         TransferStatistics,
     )
@@ -51,6 +52,7 @@ _HOMES = {
     "MigrationOptions": "types",
     "Compression": "types",
     "Postcopy": "types",
+    "StorageCopy": "types",
     "TimeoutAction": "types",
     "MigrationJob": "migration",
     "MigrationResult": "types",
@@ -88,6 +90,7 @@ __all__ = [
     "MigrationOptions",
     "Compression",
     "Postcopy",
+    "StorageCopy",
     "TimeoutAction",
     "MigrationJob",
     "MigrationResult",

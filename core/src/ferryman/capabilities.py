@@ -451,6 +451,7 @@ FEATURE_SIDES: Final[dict[Feature, tuple[Side, ...]]] = {
     Feature.POSTCOPY: _BOTH,
     Feature.TLS: _BOTH,
     Feature.REDEFINE: _DESTINATION,
+    Feature.COPY_STORAGE: _BOTH,
 }
 """The sides whose drivers must have a feature before a migration can use it."""
 

@@ -247,6 +247,10 @@ class MigrationJob:
         """Change the cap of what is sent in post-copy; 0 removes it.  Errors as :meth:`set_bandwidth`."""
         await self._tune(Tuning(postcopy_bandwidth_bytes_per_s=bandwidth_bytes_per_s), Feature.POSTCOPY)
 
+    async def set_copy_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
+        """Change the cap of the copy of each disk; 0 removes it.  Errors as :meth:`set_bandwidth`."""
+        await self._tune(Tuning(copy_bandwidth_bytes_per_s=bandwidth_bytes_per_s), Feature.COPY_STORAGE)
+
     async def switch_to_postcopy(self) -> None:
         """Let the guest go on at the destination now, and the rest of its memory follow.
 

@@ -429,6 +429,14 @@ class MigrationJob:
         """See :meth:`ferryman.migration.MigrationJob.set_max_downtime`."""
         self._call(partial(self._running().set_max_downtime, max_downtime_ms))
 
+    def set_postcopy_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
+        """See :meth:`ferryman.migration.MigrationJob.set_postcopy_bandwidth`."""
+        self._call(partial(self._running().set_postcopy_bandwidth, bandwidth_bytes_per_s))
+
+    def set_copy_bandwidth(self, bandwidth_bytes_per_s: int) -> None:
+        """See :meth:`ferryman.migration.MigrationJob.set_copy_bandwidth`."""
+        self._call(partial(self._running().set_copy_bandwidth, bandwidth_bytes_per_s))
+
     def switch_to_postcopy(self) -> None:
         """See :meth:`ferryman.migration.MigrationJob.switch_to_postcopy`."""
         self._call(self._running().switch_to_postcopy)

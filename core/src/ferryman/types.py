@@ -160,6 +160,7 @@ class Feature(Enum):
     POSTCOPY = "postcopy"
     TLS = "tls"
     REDEFINE = "redefine"
+    COPY_STORAGE = "copy_storage"
 
 
 class Compression(Enum):
@@ -182,6 +183,15 @@ class Postcopy(Enum):
 
     ON_REQUEST = "on-request"
     AFTER_FIRST_PASS = "after-first-pass"
+
+
+class StorageCopy(Enum):
+    """What is copied of disks that the two hosts do not share."""
+
+    FULL = "full"
+    """Everything, into a file of its own."""
+    TOP = "top"
+    """What stands on the base image, which the destination has already at the same path."""
 
 
 class TimeoutAction(Enum):
@@ -371,7 +381,15 @@ _MAX_DOWNTIME_MS = 2_000_000
 _MAX_TEXT = 4096
 _ZLIB_LEVELS = 9
 _THROTTLES = ("throttle_initial_percent", "throttle_increment_percent", "throttle_max_percent")
-_SWITCHES = ("paused", "persist", "undefine_source", "zero_copy", "auto_converge", "tls")
+_SWITCHES = (
+    "paused",
+    "persist",
+    "undefine_source",
+    "zero_copy",
+    "auto_converge",
+    "tls",
+    "copy_synchronously",
+)
 _TEXTS = {
     "name": _MAX_TEXT,
     "migration_uri": _MAX_TEXT,
@@ -384,6 +402,7 @@ _KINDS: dict[str, type[Enum]] = {
     "compression": Compression,
     "postcopy": Postcopy,
     "timeout_action": TimeoutAction,
+    "copy_storage": StorageCopy,
 }
 _NUMBERS = {
     "bandwidth_bytes_per_s": (1, _MAX_BANDWIDTH_BYTES_PER_S, "bytes per second"),
@@ -391,7 +410,10 @@ _NUMBERS = {
     "streams": (1, 64, "connections"),
     "compression_level": (1, 20, ""),
     "xbzrle_cache_bytes": (65_536, 1 << 40, "bytes"),
-    "postcopy_bandwidth_bytes_per_s": (1, _MAX_BANDWIDTH_BYTES_PER_S, "bytes per second"),
+    **dict.fromkeys(
+        ("postcopy_bandwidth_bytes_per_s", "copy_bandwidth_bytes_per_s"),
+        (1, _MAX_BANDWIDTH_BYTES_PER_S, "bytes per second"),
+    ),
     **dict.fromkeys(_THROTTLES, (1, 99, "percent")),
 }
 
@@ -446,6 +468,10 @@ class MigrationOptions:
     :param destination_definition: the definition that the destination is to build, in place of the source's; the
         machine that it describes must be the same one.
     :param disks: pairs of a disk's target (``vda``) and its path at the destination, where that differs.
+    :param copy_storage: copy disks that the hosts do not share while the guest runs; None copies none.
+    :param copy_disks: targets of the disks to copy; none are all that are writable and not shared.
+    :param copy_bandwidth_bytes_per_s: cap of the copy of each disk, 1 to 2**50; None is no cap.
+    :param copy_synchronously: let the guest's writes wait until they are at both ends, so that the copy always ends.
     :param graphics_address: address on which the destination serves the guest's display.
     :param best_effort: names of options that may be dropped where they are not supported.
     :param lease_s: how long an undecided destination keeps its reservation after the last sign of its caller.
@@ -480,6 +506,10 @@ class MigrationOptions:
     destination_definition: str | None = None
     disks: tuple[tuple[str, str], ...] = ()
     graphics_address: str | None = None
+    copy_storage: StorageCopy | None = None
+    copy_disks: tuple[str, ...] = ()
+    copy_bandwidth_bytes_per_s: int | None = None
+    copy_synchronously: bool = False
     best_effort: frozenset[str] = frozenset()
     lease_s: float = 30.0
     patience_s: float = 30.0
@@ -508,6 +538,7 @@ class MigrationOptions:
             _need_seconds("timeout_s", self.timeout_s, 604_800)
         self._check_ports()
         self._check_disks()
+        self._check_copies()
         self._check_together()
         _need_seconds("lease_s", self.lease_s, 86_400)
         _need_seconds("patience_s", self.patience_s, 86_400)
@@ -548,6 +579,14 @@ class MigrationOptions:
                 "disks must give a path for each target once, as (('vda', '/path'),)", option="disks"
             )
 
+    def _check_copies(self) -> None:
+        targets: object = self.copy_disks
+        whole = isinstance(targets, tuple) and all(
+            isinstance(target, str) and 0 < len(target) <= _MAX_TEXT for target in targets
+        )
+        if not whole or len(set(self.copy_disks)) != len(self.copy_disks):
+            raise OptionError("copy_disks must name each target once, as ('vda',)", option="copy_disks")
+
     def _check_together(self) -> None:
         """Refuse an option that means nothing without another; what a host makes of both is the plan's to say."""
         needs = (
@@ -560,9 +599,13 @@ class MigrationOptions:
             *((name, self.auto_converge, "auto_converge") for name in _THROTTLES),
             ("postcopy_bandwidth_bytes_per_s", self.postcopy is not None, "postcopy"),
             ("tls_name", self.tls, "tls"),
+            *(
+                (name, self.copy_storage is not None, "copy_storage")
+                for name in ("copy_disks", "copy_bandwidth_bytes_per_s", "copy_synchronously")
+            ),
         )
         for option, there, what in needs:
-            if getattr(self, option) is not None and not there:
+            if getattr(self, option) not in (None, False, ()) and not there:
                 raise OptionError(f"{option} means nothing without {what}", option=option)
         if self.compression is Compression.ZLIB and (self.compression_level or 0) > _ZLIB_LEVELS:
             raise OptionError(
@@ -604,6 +647,10 @@ OPTION_FEATURES: dict[str, Feature] = {
     "destination_definition": Feature.REDEFINE,
     "disks": Feature.REDEFINE,
     "graphics_address": Feature.REDEFINE,
+    "copy_storage": Feature.COPY_STORAGE,
+    "copy_disks": Feature.COPY_STORAGE,
+    "copy_bandwidth_bytes_per_s": Feature.COPY_STORAGE,
+    "copy_synchronously": Feature.COPY_STORAGE,
 }
 """The feature that each droppable option of :class:`MigrationOptions` needs."""
 
@@ -614,6 +661,7 @@ class Tuning:
 
     :param bandwidth_bytes_per_s: new cap; 0 removes it.
     :param postcopy_bandwidth_bytes_per_s: new cap of what is sent in post-copy; 0 removes it.
+    :param copy_bandwidth_bytes_per_s: new cap of the copy of each disk; 0 removes it.
     :param postcopy: True switches to post-copy.
     """
 
@@ -621,24 +669,16 @@ class Tuning:
     max_downtime_ms: int | None = None
     postcopy: bool = False
     postcopy_bandwidth_bytes_per_s: int | None = None
+    copy_bandwidth_bytes_per_s: int | None = None
 
     def __post_init__(self) -> None:
-        if self.postcopy_bandwidth_bytes_per_s is not None:
-            _need_int(
-                "postcopy_bandwidth_bytes_per_s",
-                self.postcopy_bandwidth_bytes_per_s,
-                0,
-                _MAX_BANDWIDTH_BYTES_PER_S,
-                "bytes per second",
-            )
-        if self.bandwidth_bytes_per_s is not None:
-            _need_int(
-                "bandwidth_bytes_per_s",
-                self.bandwidth_bytes_per_s,
-                0,
-                _MAX_BANDWIDTH_BYTES_PER_S,
-                "bytes per second",
-            )
+        for option in (
+            "bandwidth_bytes_per_s",
+            "postcopy_bandwidth_bytes_per_s",
+            "copy_bandwidth_bytes_per_s",
+        ):
+            if getattr(self, option) is not None:
+                _need_int(option, getattr(self, option), 0, _MAX_BANDWIDTH_BYTES_PER_S, "bytes per second")
         if self.max_downtime_ms is not None:
             _need_int("max_downtime_ms", self.max_downtime_ms, 1, _MAX_DOWNTIME_MS, "milliseconds")
 
@@ -659,6 +699,8 @@ class TransferStatistics:
     :param total_ms: the hypervisor's own duration of the transfer; known at the end.
     :param throttle_percent: how much the guest's processors are slowed down now.
     :param postcopy: pages are being sent to a guest that runs at the destination already.
+    :param storage_bytes: copied of disks so far.
+    :param storage_total_bytes: to be copied of disks; it grows with what the guest writes.
     """
 
     iteration: int | None = None
@@ -673,6 +715,8 @@ class TransferStatistics:
     total_ms: float | None = None
     throttle_percent: int | None = None
     postcopy: bool = False
+    storage_bytes: int | None = None
+    storage_total_bytes: int | None = None
 
     @property
     def estimate_s(self) -> float | None:
