@@ -265,7 +265,7 @@ def relayed(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[tuple[str, int]], Relay]
 ) -> Iterator[list[Relay]]:
     """Lead every transfer of this process through a relay; they are in the list that the block gets."""
-    import ferryman_qemu.transfer
+    import ferryman_qemu.streams
     from ferryman.uri import MigrationURI
 
     relays: list[Relay] = []
@@ -278,7 +278,7 @@ def relayed(
         return relays[-1].stream
 
     with monkeypatch.context() as patch:
-        patch.setattr(ferryman_qemu.transfer, "connect_stream", connect_stream)
+        patch.setattr(ferryman_qemu.streams, "connect_stream", connect_stream)
         try:
             yield relays
         finally:

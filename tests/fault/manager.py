@@ -18,7 +18,7 @@ from unittest import mock
 import anyio
 
 import ferryman
-import ferryman_qemu.transfer
+import ferryman_qemu.streams
 from ferryman import Connection
 from ferryman.engine import Endpoint
 from ferryman.errors import ConnectError, DomainNotFoundError, FinishError
@@ -59,7 +59,7 @@ def _address(text: str) -> tuple[str, int]:
 @contextmanager
 def _altered(arguments: argparse.Namespace) -> Iterator[None]:
     """Put in place what this program does otherwise than the product."""
-    real_stream = ferryman_qemu.transfer.connect_stream
+    real_stream = ferryman_qemu.streams.connect_stream
 
     def connect_stream(text: str) -> socket.socket:
         stream = real_stream(text)
@@ -80,7 +80,7 @@ def _altered(arguments: argparse.Namespace) -> Iterator[None]:
 
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(mock.patch.object(ferryman_qemu.transfer, "connect_stream", connect_stream))
+        enter(mock.patch.object(ferryman_qemu.streams, "connect_stream", connect_stream))
         enter(mock.patch("ferryman.connection._ask_peer", ask_peer))
         enter(mock.patch("ferryman.engine._ASK_LONGEST_S", _ASK_LONGEST_S))
         if arguments.finish_fails:

@@ -23,7 +23,7 @@ import anyio.to_thread
 import pytest
 
 import ferryman
-import ferryman_qemu.transfer
+import ferryman_qemu.streams
 from ferryman import Connection, Domain, GuestState, MigrationOptions, PhaseEvent, ProgressEvent
 from ferryman.errors import (
     BeginError,
@@ -278,7 +278,7 @@ async def test_nobody_listens_any_more(field: Field, monkeypatch: pytest.MonkeyP
     async with both(field) as (a, b):
         domain = await start(field, a)
         with monkeypatch.context() as patch:
-            patch.setattr(ferryman_qemu.transfer, "connect_stream", connect_stream)
+            patch.setattr(ferryman_qemu.streams, "connect_stream", connect_stream)
             with pytest.raises(PerformError, match="cannot be reached: .*refused") as caught:
                 await domain.migrate(b)
         assert told(caught.value) == (Phase.PERFORM, Side.SOURCE, GuestState.SOURCE)
@@ -385,7 +385,7 @@ async def test_a_silent_receiver_ends_the_stream_by_itself(
     field: Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A receiver that hangs, and a caller that does not abort: the limit of silence ends it."""
-    monkeypatch.setattr(ferryman_qemu.transfer, "_SILENCE_S", 6)
+    monkeypatch.setattr(ferryman_qemu.streams, "SILENCE_S", 6)
     async with both(field) as (a, b):
         domain = await start(field, a)
         with pytest.raises(PerformError) as caught:
@@ -402,7 +402,7 @@ async def test_a_silent_receiver_ends_the_stream_by_itself(
 @pytest.mark.parametrize("words", [b"GET / HTTP/1.0\r\n\r\n", b""], ids=["talks", "is-silent"])
 async def test_a_stranger_comes_first(field: Field, monkeypatch: pytest.MonkeyPatch, words: bytes) -> None:
     """The receiver takes the first connection; the source finds nobody, and keeps its guest."""
-    real = ferryman_qemu.transfer.connect_stream
+    real = ferryman_qemu.streams.connect_stream
     strangers: list[socket.socket] = []
 
     def connect_stream(text: str) -> socket.socket:
@@ -417,8 +417,8 @@ async def test_a_stranger_comes_first(field: Field, monkeypatch: pytest.MonkeyPa
     async with both(field) as (a, b):
         domain = await start(field, a)
         with monkeypatch.context() as patch, ExitStack() as stack:
-            patch.setattr(ferryman_qemu.transfer, "connect_stream", connect_stream)
-            patch.setattr(ferryman_qemu.transfer, "_SILENCE_S", 6)
+            patch.setattr(ferryman_qemu.streams, "connect_stream", connect_stream)
+            patch.setattr(ferryman_qemu.streams, "SILENCE_S", 6)
             stack.callback(lambda: strangers[-1].close())
             with pytest.raises(PerformError) as caught:
                 await domain.migrate(b)
@@ -599,7 +599,7 @@ async def test_abort_while_the_source_connects(field: Field, monkeypatch: pytest
     async with both(field) as (a, b):
         domain = await start(field, a)
         job = domain.migrate(b)
-        real = ferryman_qemu.transfer.connect_stream
+        real = ferryman_qemu.streams.connect_stream
 
         def connect_stream(text: str) -> socket.socket:
             stream = real(text)
@@ -607,7 +607,7 @@ async def test_abort_while_the_source_connects(field: Field, monkeypatch: pytest
             return stream
 
         with monkeypatch.context() as patch:
-            patch.setattr(ferryman_qemu.transfer, "connect_stream", connect_stream)
+            patch.setattr(ferryman_qemu.streams, "connect_stream", connect_stream)
             with pytest.raises(MigrationAbortedError) as caught:
                 await job
         assert told(caught.value) == (Phase.PERFORM, Side.SOURCE, GuestState.SOURCE)

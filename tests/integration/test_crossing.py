@@ -15,7 +15,7 @@ import pytest
 
 import ferryman
 import ferryman.sync
-import ferryman_qemu.transfer
+import ferryman_qemu.streams
 from ferryman import GuestState, MigrationOptions, PhaseEvent, ProgressEvent, SettledEvent
 from ferryman.errors import (
     DomainBusyError,
@@ -201,8 +201,8 @@ def test_transports_and_addresses(calm_field: Field, monkeypatch: pytest.MonkeyP
         connected.append(text)
         return real(text)
 
-    real = ferryman_qemu.transfer.connect_stream
-    monkeypatch.setattr(ferryman_qemu.transfer, "connect_stream", connect_stream)
+    real = ferryman_qemu.streams.connect_stream
+    monkeypatch.setattr(ferryman_qemu.streams, "connect_stream", connect_stream)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path = field.directory / "stream"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ferryman.errors import (
-    DefinitionError,
-)
+from ferryman.errors import DefinitionError, HypervisorError
 from ferryman.hookspecs import (
     CheckReply,
     CheckRequest,
@@ -22,7 +20,9 @@ from ferryman.types import (
     Compression,
     Finding,
     FindingSeverity,
+    MigrationOptions,
     Side,
+    StorageCopy,
 )
 from ferryman.uri import MigrationURI
 from ferryman_qemu.guest import Guest
@@ -31,17 +31,25 @@ from ferryman_qemu.machine import (
     Machine,
     boot_paths,
     differences,
-    disk_paths,
     read_pinned,
 )
+from ferryman_qemu.machine.model import Disk
 from ferryman_qemu.monitor import Command
 from ferryman_qemu.probe import Emulator, dotted
-from ferryman_qemu.process import boot_id
+from ferryman_qemu.storage import (
+    DiskFacts,
+    decode_facts,
+    encode_facts,
+    identify,
+    is_same,
+    learn_facts,
+    wanted_copies,
+)
 from ferryman_qemu.tls import Credentials, find_credentials
 from ferryman_qemu.transfer import ACTIVE, streams_of
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    pass
 
 
 _log = logging.getLogger(__name__)
@@ -61,14 +69,13 @@ class CheckHooks(QemuHost):
         guest = self._guests.get(request.domain.uuid)
         findings = await self._check_guest(guest, machine) if guest is not None else []
         findings += _check_options(request)
-        opened = guest.process.opened_files() if guest is not None else None
-        told = {path: _file_identity(path, opened) for path in disk_paths(machine)}
+        facts = await learn_facts(guest, machine)
         emulator = self._running(guest)
         cpu = emulator.cpu(machine.cpu.model, machine.cpu.features, accelerated=machine.accelerated)
         return CheckReply(
             findings=tuple(findings),
             facts={
-                "disks": json.dumps(told),
+                "disks": encode_facts(facts),
                 "cpu": cpu or "",
                 "credentials": _kind_of(find_credentials(self._root.path / "pki")),
             },
@@ -171,12 +178,12 @@ class CheckHooks(QemuHost):
                 findings.append(
                     _blocker("file-missing", side, f"{path} cannot be read there", "copy it there")
                 )
-        told = json.loads(request.facts.get("disks", "{}"))
-        findings.extend(
-            finding
-            for path in disk_paths(machine)
-            if (finding := _check_disk(path, told.get(path))) is not None
-        )
+        try:
+            findings += check_disks(request, machine)
+        except HypervisorError as error:
+            findings.append(
+                _blocker("storage-copy", Side.SOURCE, error.message, "install the same version on both hosts")
+            )
         return CheckReply(findings=tuple(findings))
 
     def _check_transfer(self, request: CheckRequest) -> list[Finding]:
@@ -306,6 +313,11 @@ def _check_options(request: CheckRequest) -> list[Finding]:
             " stop the guest",
             "leave streams out, or tls",
         ),
+        (
+            options.copy_storage is not None and options.postcopy is not None,
+            "a disk that is copied must be whole before the guest runs on it",
+            "leave copy_storage out, or postcopy",
+        ),
         (options.zero_copy and not streams, "zero_copy works on streams only", "set streams"),
         (
             options.zero_copy and (options.tls or options.compression is not None),
@@ -336,35 +348,140 @@ def _blocker(code: str, side: Side | None, message: str, remedy: str) -> Finding
     return Finding(code=code, severity=FindingSeverity.BLOCKER, side=side, message=message, remedy=remedy)
 
 
-def _file_identity(path: str, opened: Container[tuple[int, int]] | None = None) -> list[str | int] | None:
-    """What tells whether two hosts mean the same file: host boot, device and inode.
-
-    :param opened: files that the guest's process has open; None where there is none to ask.
-    :returns: None where the file cannot be read, or is another one than the guest has open.
-    """
+def check_disks(request: CheckRequest, machine: Machine) -> list[Finding]:
+    """See whether every disk is here, is to be copied and can be, or would be another one."""
+    options = request.options
+    told = decode_facts(request.facts.get("disks", ""))
     try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    if opened is not None and (status.st_dev, status.st_ino) not in opened:
-        return None
-    return [boot_id(), status.st_dev, status.st_ino]
+        copies = {disk.target for disk in wanted_copies(options, machine, told)}
+    except HypervisorError as error:
+        return [_blocker("storage-copy", Side.DESTINATION, error.message, "change the option copy_disks")]
+    findings: list[Finding] = []
+    for disk in machine.disks:
+        if disk.source is None or disk.source.kind == "nbd":
+            continue
+        if disk.target in copies:
+            findings += _check_copy(disk, told[disk.target], options)
+        else:
+            facts = told.get(disk.target)
+            findings += _check_shared(disk.source.path, facts.identity if facts is not None else None)
+    return findings
 
 
-def _check_disk(path: str, told: list[str | int] | None) -> Finding | None:
-    here = _file_identity(path)
+def _check_shared(path: str, told: list[str | int] | None) -> list[Finding]:
+    here = identify(path)
     if here is None or not os.access(path, os.R_OK):
-        return _blocker(
-            "storage-missing", Side.DESTINATION, f"{path} cannot be read there", "share the storage"
+        return [
+            _blocker(
+                "storage-missing",
+                Side.DESTINATION,
+                f"{path} cannot be read there",
+                "share the storage, or copy it (option copy_storage)",
+            )
+        ]
+    if not is_same(path, here, told):
+        return [
+            _blocker(
+                "storage-not-shared",
+                Side.DESTINATION,
+                f"{path} there is another file than at the source",
+                "put the disk on storage that both hosts share, or remove that file and set copy_storage",
+            )
+        ]
+    return []
+
+
+def _check_copy(disk: Disk, facts: DiskFacts, options: MigrationOptions) -> list[Finding]:
+    """See whether a disk can be copied to where the definition says."""
+    assert disk.source is not None
+    path, side = disk.source.path, Side.DESTINATION
+    if disk.source.kind == "block":
+        return _check_device(path, facts)
+    if os.path.lexists(path):
+        return [
+            _blocker(
+                "storage-exists",
+                side,
+                f"{path} is there already, and nothing is copied over it",
+                "remove it, or give the disk another path there (option disks)",
+            )
+        ]
+    directory = os.path.dirname(path)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return [
+            _blocker("storage-missing", side, f"{directory} cannot be written there", "make it, or allow it")
+        ]
+    findings = []
+    space = os.statvfs(directory)
+    free = space.f_bavail * space.f_frsize
+    if free < facts.allocated_bytes:
+        findings.append(
+            _blocker(
+                "storage-short",
+                side,
+                f"the disk {disk.target} takes {facts.allocated_bytes} bytes, and {directory} has {free} free",
+                "make room there, or give the disk another path there (option disks)",
+            )
         )
-    if here != told:
-        return _blocker(
-            "storage-not-shared",
-            Side.DESTINATION,
-            f"{path} there is another file than at the source",
-            "put the disk on storage that both hosts share",
+    if options.copy_storage is StorageCopy.TOP:
+        findings += _check_base(disk, facts)
+    if disk.format != "raw" and shutil.which("qemu-img") is None:
+        findings.append(
+            _blocker(
+                "program-missing",
+                side,
+                "qemu-img is not installed there",
+                "install it (qemu-utils on Debian)",
+            )
         )
-    return None
+    return findings
+
+
+def _check_base(disk: Disk, facts: DiskFacts) -> list[Finding]:
+    if not facts.backing or disk.format != "qcow2":
+        return [
+            _blocker(
+                "storage-copy",
+                Side.SOURCE,
+                f"the disk {disk.target} stands on no base image, so there is no top to copy alone",
+                "copy it in full (StorageCopy.FULL)",
+            )
+        ]
+    if not os.access(facts.backing, os.R_OK):
+        return [
+            _blocker(
+                "storage-missing",
+                Side.DESTINATION,
+                f"the base image {facts.backing} of the disk {disk.target} cannot be read there",
+                "bring it there, or copy the disk in full (StorageCopy.FULL)",
+            )
+        ]
+    return []
+
+
+def _check_device(path: str, facts: DiskFacts) -> list[Finding]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return [
+            _blocker(
+                "storage-missing", Side.DESTINATION, f"{path} there: {error.strerror}", "make the device"
+            )
+        ]
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)
+    if size != facts.size_bytes:
+        return [
+            _blocker(
+                "storage-copy",
+                Side.DESTINATION,
+                f"{path} has {size} bytes there, and the disk {facts.size_bytes}",
+                "make a device of the same size",
+            )
+        ]
+    return []
 
 
 def _available_bytes() -> int | None:

@@ -50,6 +50,7 @@ from ferryman.types import (
     DomainInfo,
     Evidence,
     GuestEvidence,
+    MigrationId,
     Side,
     TransferEvidence,
     TransferStatistics,
@@ -62,13 +63,26 @@ from ferryman_qemu.machine import (
     read_pinned,
 )
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout, QMPCommandError
-from ferryman_qemu.tls import find_credentials
+from ferryman_qemu.storage import (
+    abandon_copies,
+    decode_facts,
+    encode_facts,
+    end_export,
+    export_disks,
+    keep_targets,
+    learn_facts,
+    make_targets,
+    remove_targets,
+    stray_targets,
+    wanted_copies,
+)
+from ferryman_qemu.tls import TLS_IDS, find_credentials
 from ferryman_qemu.transfer import (
     ACTIVE,
     POSTCOPY,
-    TLS_IDS,
     Transfer,
     break_stream,
+    leave_switchover,
     mend_source,
     receiver_settings,
     serve_pages,
@@ -80,6 +94,8 @@ from ferryman_qemu.transfer import (
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
+
+    from ferryman_qemu.machine.model import Disk
 
 
 _log = logging.getLogger(__name__)
@@ -109,10 +125,15 @@ class MigrationHooks(QemuHost):
             raise BeginError(f"domain {request.domain.name} is not active", side=Side.SOURCE)
         # What the transfer needs is set now, while the receiver has not even been started.
         status, *_ = await guest.command_all(Command("query-status"), *source_settings(request.options))
+        cookie = {}
+        if request.options.copy_storage is not None:
+            facts = await learn_facts(guest, read_pinned(guest.record.definition))
+            cookie["disks"] = encode_facts(facts)
         return BeginReply(
             definition=guest.record.definition,
             paused=status["status"] != "running",
             process=guest.process.identity,
+            cookie=cookie,
         )
 
     @hookimpl
@@ -125,6 +146,7 @@ class MigrationHooks(QemuHost):
                 side=Side.SOURCE,
             )
         transfer = self._transfers[request.id] = Transfer(guest, request, self._tasks)
+        proved = False
         try:
             if request.options.tls:
                 name = request.options.tls_name or MigrationURI.parse(request.migration_uri).host or ""
@@ -132,10 +154,22 @@ class MigrationHooks(QemuHost):
                     await self._encrypt(guest, server=False, name=name)
                 except HypervisorError as error:
                     raise PerformError(error.message, side=Side.SOURCE) from error
-            return await transfer.run()
+            reply = await transfer.run()
+            proved = True
+            return reply
         finally:
+            if not proved and request.options.copy_storage is not None:
+                with anyio.CancelScope(shield=True):
+                    await self._abandon_copies(guest)
             transfer.begun.set()
             del self._transfers[request.id]
+
+    async def _abandon_copies(self, guest: Guest) -> None:
+        """End the copies of a transfer that has failed; what cannot be ended now is ended with the domain."""
+        try:
+            await abandon_copies(guest)
+        except HypervisorError as error:
+            _log.warning("the copies of domain %s's disks could not be ended: %s", guest.record.name, error)
 
     async def _encrypt(self, guest: Guest, *, server: bool, name: str = "") -> None:
         """Encrypt the next transfer. :raises HypervisorError: there are no credentials, or QEMU does not take them."""
@@ -165,6 +199,8 @@ class MigrationHooks(QemuHost):
                 await guest.kill()
                 return ConfirmReply(guest_gone=True)
             state = await settle_source(guest)
+            # None is left unless the program that made them died.
+            await self._abandon_copies(guest)
             if not request.paused and state != "running":
                 await guest.command("cont")
         return ConfirmReply()
@@ -192,11 +228,13 @@ class MigrationHooks(QemuHost):
         if request.tuning.postcopy_bandwidth_bytes_per_s is not None:
             wanted["max-postcopy-bandwidth"] = request.tuning.postcopy_bandwidth_bytes_per_s
         transfer = self._transfers.get(request.id)
-        if transfer is not None:
+        if transfer is not None and (wanted or request.tuning.postcopy):
             # Not before the transfer's own settings, which would undo this one.
             await transfer.begun.wait()
         if wanted:
             await guest.command("migrate-set-parameters", wanted)
+        if transfer is not None and request.tuning.copy_bandwidth_bytes_per_s is not None:
+            await transfer.set_copy_speed(request.tuning.copy_bandwidth_bytes_per_s)
         if request.tuning.postcopy:
             if transfer is not None:
                 transfer.begin_switch()
@@ -243,8 +281,11 @@ class MigrationHooks(QemuHost):
             return
         with guest.control.events("MIGRATION") as events:
             try:
-                if (await guest.command("query-migrate")).get("status") in POSTCOPY:
+                status = (await guest.command("query-migrate")).get("status")
+                if status in POSTCOPY:
                     return  # a guest that is split is not made whole by breaking the stream
+                if status == "pre-switchover":
+                    await leave_switchover(guest)
             except HypervisorError as error:
                 # A silent main loop is one that stops the guest; what can be broken then is the stream.
                 _log.info("QEMU does not say how far domain %s has come: %s", guest.record.name, error)
@@ -253,7 +294,9 @@ class MigrationHooks(QemuHost):
             except MonitorClosedError:
                 return  # with its process the transfer is gone too
             with anyio.move_on_after(_CANCEL_PATIENCE_S):
-                while (await guest.command("query-migrate")).get("status") in ACTIVE:
+                while (status := (await guest.command("query-migrate")).get("status")) in ACTIVE:
+                    if status == "pre-switchover":
+                        await leave_switchover(guest)
                     await events.get()
 
     @hookimpl
@@ -269,6 +312,10 @@ class MigrationHooks(QemuHost):
                 self._take_in(guest)
             else:
                 await self._discard(guest)
+        for migration_id in map(MigrationId, stray_targets(self._root)):
+            if migration_id not in request.known:
+                # Made before the migration was written down, so nobody has ever heard of it.
+                remove_targets(self._root, migration_id)
 
     async def _runs(self, guest: Guest) -> bool:
         try:
@@ -318,10 +365,14 @@ class MigrationHooks(QemuHost):
         if request.uuid in self._guests or request.uuid in self._reserved:
             raise PrepareError(f"domain {request.name} is active here already", side=Side.DESTINATION)
         self._reserved[request.uuid] = request.name
+        copies: list[Disk] = []
         try:
+            machine, copies = await self._with_targets(machine, request)
             guest = await self._receiver(machine, request)
         except BaseException as error:
             self._reserved.pop(request.uuid, None)
+            if copies:
+                remove_targets(self._root, request.id)
             if isinstance(error, HypervisorError):
                 raise PrepareError(error.message, side=Side.DESTINATION) from error
             raise
@@ -339,15 +390,40 @@ class MigrationHooks(QemuHost):
             uri = propose or _proposed(told, request)
             if request.options.postcopy is not None:
                 guest.write(replace(guest.record, listen=uri))
+            cookie = {}
+            if copies:
+                guest.write(replace(guest.record, exports=True))
+                place, ports = MigrationURI.parse(uri), request.options.port_range
+                cookie["disks"] = await export_disks(
+                    guest, copies, place, ports=ports, tls=request.options.tls
+                )
+                cookie["copied"] = ",".join(disk.target for disk in copies)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await self._discard(guest)
+                remove_targets(self._root, request.id)
             if isinstance(error, HypervisorError):
                 raise PrepareError(
                     f"the receiver cannot listen at {listen}: {error.message}", side=Side.DESTINATION
                 ) from error
             raise
-        return PrepareReply(migration_uri=uri, process=guest.process.identity)
+        return PrepareReply(migration_uri=uri, process=guest.process.identity, cookie=cookie)
+
+    async def _with_targets(self, machine: Machine, request: PrepareRequest) -> tuple[Machine, list[Disk]]:
+        """Make the files of disks that are copied.
+
+        :returns: the machine, whose copied disks keep holes as holes; and those disks.
+        """
+        copy = request.options.copy_storage
+        if copy is None:
+            return machine, []
+        told = decode_facts(request.cookie.get("disks", ""))
+        copies = wanted_copies(request.options, machine, told)
+        if copies:
+            await anyio.to_thread.run_sync(make_targets, self._root, request.id, copies, told, copy)
+        chosen = {disk.target for disk in copies}
+        disks = tuple(replace(d, discard="unmap") if d.target in chosen else d for d in machine.disks)
+        return replace(machine, disks=disks), copies
 
     def _arriving(self, request: PrepareRequest | ExpectRequest) -> Machine:
         machine = self._admit(read_pinned(request.definition))
@@ -375,6 +451,8 @@ class MigrationHooks(QemuHost):
         machine = self._arriving(request)
         if request.uuid in self._guests or request.uuid in self._reserved:
             return
+        if request.options.copy_storage is not None:
+            return  # its disks are not there yet
         expected = self._expected[request.id] = Expected()
         try:
             try:
@@ -399,6 +477,7 @@ class MigrationHooks(QemuHost):
             guest = guest or self._receivers.get(request.id)
             if guest is not None:
                 await self._discard(guest)
+            remove_targets(self._root, request.id)
             return
         if guest is None:
             raise FinishError("the receiver's process is gone", side=Side.DESTINATION)
@@ -434,6 +513,8 @@ class MigrationHooks(QemuHost):
 
     async def _cont(self, guest: Guest, request: FinishRequest) -> None:
         """Run a guest whose state is loaded."""
+        if guest.record.exports:
+            await end_export(guest)
         if request.paused:
             return
         try:
@@ -450,6 +531,7 @@ class MigrationHooks(QemuHost):
     @hookimpl
     async def migrate_adopt(self, request: FinishRequest) -> DomainInfo:
         guest = self._guest_of(request.process)
+        keep_targets(self._root, request.id)
         if guest is not None and guest.record.migration:
             self._take_in(guest)
         if guest is not None and request.persist:

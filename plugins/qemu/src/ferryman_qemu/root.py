@@ -9,6 +9,7 @@
     domains/<uuid>.xml      persistent definitions
     domains/<uuid>.autostart    beside one that starts with the host
     booted                  the boot of the host at which they were started last
+    made/<migration>.json   files that were made for disks that are being copied
     nvram/<uuid>.fd         variables of UEFI firmware
     tpm/<uuid>/             state of a TPM
     logs/<name>.log         command lines and what QEMU printed
@@ -58,6 +59,7 @@ class GuestRecord:
     :param socket: unix socket that the receiver listens on; QEMU removes it unless it is killed.
     :param taps: names of the taps that were made for the process, by the alias of their interface.
     :param listen: post-copy: migration URI where the receiver waited, and waits again when the stream breaks.
+    :param exports: the source writes disks of the receiver, until the guest runs on them.
     :param log_begin: where in the domain's log begins what this process prints.
     :param autodestroy: the domain ends with the program that started it.
     :param restoring: the guest's state is being loaded from a file, which still has it.
@@ -75,6 +77,7 @@ class GuestRecord:
     identity: str = ""
     socket: str = ""
     listen: str = ""
+    exports: bool = False
     log_begin: int = 0
     taps: dict[str, str] = field(default_factory=dict)
     autodestroy: bool = False

@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+TLS_ID = "ferryman-tls"
+TLS_IDS = (TLS_ID, f"{TLS_ID}-authz")
+"""Objects of QEMU that belong to encrypted transfers."""
+
 _PSK_USER = "qemu"
 _SERVER = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
 _CLIENT = ("ca-cert.pem", "client-cert.pem", "client-key.pem")

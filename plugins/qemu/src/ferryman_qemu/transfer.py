@@ -23,20 +23,21 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from ferryman.errors import HypervisorError, InDoubtError, PerformError
 from ferryman.hookspecs import PerformReply, PerformRequest, ServeReply
 from ferryman.types import Compression, GuestState, MigrationOptions, Side, TransferStatistics
 from ferryman.uri import MigrationURI
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout
+from ferryman_qemu.storage import Copies, CopyError, yank
+from ferryman_qemu.streams import CONNECT_S, SILENCE_S, connect
+from ferryman_qemu.tls import TLS_ID
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -57,9 +58,6 @@ _THROTTLE_MAX = 99
 
 _END_PATIENCE_S = 30.0
 _SAMPLE_S = 0.25
-_CONNECT_S = 10.0
-_SILENCE_S = 30
-"""How long a peer may be silent before the stream is broken: the longest blackout of a cut network."""
 
 _FD_NAME = "ferryman-migration"
 _SAMPLE_APART_S = 0.05
@@ -89,6 +87,7 @@ _CAPABILITIES = (
     "auto-converge",
     "zero-copy-send",
     "postcopy-ram",
+    "pause-before-switchover",
 )
 """What is switched on or off for every transfer, since an earlier attempt may have left something on."""
 
@@ -97,10 +96,6 @@ _STREAMS = 2
 
 POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
 """What ``query-migrate`` answers while a guest is split between two processes."""
-
-_TLS_ID = "ferryman-tls"
-TLS_IDS = (_TLS_ID, f"{_TLS_ID}-authz")
-"""Objects of QEMU that belong to encrypted transfers."""
 
 
 def streams_of(options: MigrationOptions) -> int:
@@ -135,6 +130,9 @@ def source_settings(options: MigrationOptions) -> tuple[Command, ...]:
         wanted.add("auto-converge")
     if options.zero_copy:
         wanted.add("zero-copy-send")
+    if options.copy_storage is not None:
+        # The place to end the copies of disks: the guest stands still, and its state is not sent yet.
+        wanted.add("pause-before-switchover")
     values: dict[str, Any] = {
         "max-bandwidth": options.bandwidth_bytes_per_s or 0,
         "downtime-limit": options.max_downtime_ms or DEFAULT_DOWNTIME_MS,
@@ -179,16 +177,16 @@ def tls_settings(credentials: Credentials, *, server: bool, name: str) -> tuple[
 
     :param name: of the server, which its certificate must bear; '' at the server.
     """
-    values = {"tls-creds": _TLS_ID, "tls-hostname": name}
-    commands = [Command("object-add", {"id": _TLS_ID, **credentials.object(server=server)})]
+    values = {"tls-creds": TLS_ID, "tls-hostname": name}
+    commands = [Command("object-add", {"id": TLS_ID, **credentials.object(server=server)})]
     if server and credentials.authorized is not None:
         authorization = {
             "qom-type": "authz-list-file",
-            "id": f"{_TLS_ID}-authz",
+            "id": f"{TLS_ID}-authz",
             "filename": credentials.authorized,
         }
         commands.append(Command("object-add", authorization))
-        values["tls-authz"] = f"{_TLS_ID}-authz"
+        values["tls-authz"] = f"{TLS_ID}-authz"
     return (*commands, Command("migrate-set-parameters", values))
 
 
@@ -202,6 +200,9 @@ class Transfer:
         self._was_running = False
         self._streams = streams_of(request.options)
         self._switching = False
+        self._aborting = False
+        self._trouble = ""
+        self._copies: Copies | None = None
         self._sample_wanted = anyio.Event()
         self.begun = anyio.Event()
 
@@ -213,6 +214,7 @@ class Transfer:
         :cancellation: aborts; returns all the same when it is too late for that.
         """
         try:
+            await self._copy_disks()
             with self._guest.control.events("MIGRATION", "MIGRATION_PASS") as events:
                 await self._begin()
                 sampling = anyio.CancelScope()
@@ -228,6 +230,56 @@ class Transfer:
                 side=Side.SOURCE,
             ) from error
 
+    async def set_copy_speed(self, bytes_per_s: int) -> None:
+        """Cap the copy of each disk; 0 is no cap.  Nothing where no disk is copied.
+
+        :raises HypervisorError: a copy has ended.
+        """
+        if self._copies is not None:
+            await self._copies.set_speed(bytes_per_s)
+
+    async def _copy_disks(self) -> None:
+        """Bring every disk that is copied to where it follows the guest's writes.
+
+        :cancellation: no copy is left.
+        """
+        uri = self._request.cookie.get("disks", "")
+        if not uri:
+            return
+        options = self._request.options
+        self._copies = Copies(
+            self._guest,
+            options,
+            uri=uri,
+            targets=self._request.cookie["copied"].split(","),
+            tls_name=options.tls_name or MigrationURI.parse(uri).host or "",
+            tasks=self._tasks,
+            show=self._show_copies,
+        )
+        try:
+            await self._copies.run()
+        except CopyError as error:
+            raise self._failed(str(error)) from error
+
+    def _show_copies(self, done: int, total: int) -> None:
+        self._request.progress(TransferStatistics(storage_bytes=done, storage_total_bytes=total))
+
+    async def _switch_disks(self) -> None:
+        """End the copies of a guest that stands still, and let its state be sent; or give the transfer up.
+
+        INVARIANT: the transfer goes on only after every copy has ended whole.
+        """
+        reason = "" if not self._aborting else "aborted"
+        if not reason and self._copies is not None:
+            try:
+                await self._copies.finish()
+            except CopyError as error:
+                self._trouble = reason = str(error)
+        if reason:
+            await leave_switchover(self._guest)
+        else:
+            await self._guest.command("migrate-continue", {"state": "pre-switchover"})
+
     def begin_switch(self) -> None:
         """Note that the switch to post-copy is being commanded: from now on nothing may break the stream."""
         self._switching = True
@@ -241,7 +293,7 @@ class Transfer:
             self.begun.set()
             return
         try:
-            stream = await _connect(self._request.migration_uri)
+            stream = await connect(self._request.migration_uri)
         except OSError as error:
             raise self._failed(
                 f"the receiver at {self._request.migration_uri} cannot be reached: {error}"
@@ -277,8 +329,8 @@ class Transfer:
         ends that (seen on 7.2), but the end of the connection does.
         """
         with scope:
-            await anyio.sleep(_CONNECT_S)
-            _log.warning("the other end was silent for %g s while the encryption began", _CONNECT_S)
+            await anyio.sleep(CONNECT_S)
+            _log.warning("the other end was silent for %g s while the encryption began", CONNECT_S)
             with suppress(OSError):
                 stream.shutdown(socket.SHUT_RDWR)
 
@@ -322,7 +374,10 @@ class Transfer:
                 status = str(event.data.get("status"))
                 if status in ("completed", "failed", "cancelled"):
                     return status
-                if status == "postcopy-active":
+                if status == "pre-switchover":
+                    with anyio.CancelScope(shield=True):
+                        await self._switch_disks()
+                elif status == "postcopy-active":
                     # Another end overtakes this one where the switch fails, or where little was left to send.
                     status = await self._status_after_switch()
                     if status != "active":
@@ -354,6 +409,7 @@ class Transfer:
 
     async def _abort(self, events: EventStream) -> str:
         """End the transfer at any moment, and say how it ended."""
+        self._aborting = True
         await break_stream(self._guest)
         with anyio.move_on_after(_END_PATIENCE_S):
             return await self._wait_end(events)
@@ -366,7 +422,8 @@ class Transfer:
     async def _reason(self) -> str:
         await settle_source(self._guest)
         info = await self._guest.command("query-migrate")
-        return str(info.get("error-desc") or f"the stream to {self._request.migration_uri} broke")
+        said = info.get("error-desc") or f"the stream to {self._request.migration_uri} broke"
+        return self._trouble or str(said)
 
     def _failed(self, reason: str) -> PerformError:
         return PerformError(
@@ -396,27 +453,33 @@ class Transfer:
                 now = (info.get("status"), (info.get("ram") or {}).get("transferred"))
                 if info and now != last:
                     last, moved_at = now, anyio.current_time()
-                if self._streams and anyio.current_time() - moved_at > _SILENCE_S and not self._switching:
+                if self._streams and anyio.current_time() - moved_at > SILENCE_S and not self._switching:
                     # QEMU's own connections have no limit to a peer's silence, so a cut network would go unnoticed.
-                    _log.warning(
-                        "nothing of domain %s was sent for %d s", self._guest.record.name, _SILENCE_S
-                    )
+                    _log.warning("nothing of domain %s was sent for %d s", self._guest.record.name, SILENCE_S)
                     await break_stream(self._guest)
                     return
 
 
 async def break_stream(guest: Guest) -> None:
-    """Break a source's stream, out of band; QEMU then fails the migration and resumes the guest by itself.
+    """Break a source's connections, out of band; QEMU then fails the migration and resumes the guest by itself.
+
+    Those of disks that are copied too: QEMU waits for them when it stops the guest.  A transfer that stands in
+    ``pre-switchover`` does not notice, since nothing is being sent there: :func:`leave_switchover` ends it.
 
     :raises MonitorClosedError: the process is gone.
     """
-    try:
-        await guest.control.execute_oob("yank", {"instances": [{"type": "migration"}]})
-    except MonitorClosedError:
-        raise
-    except MonitorError as error:
-        # There is none where the transfer has just ended.
-        _log.info("the stream of domain %s could not be broken: %s", guest.record.name, error)
+    await yank(guest, stream=True)
+
+
+async def leave_switchover(guest: Guest) -> None:
+    """Give up a transfer that stands in ``pre-switchover``; QEMU resumes the guest by itself.
+
+    Here, and nowhere else, that is ``migrate_cancel``: nothing goes on from this state unless we say so, and the disks
+    are not given up yet.
+
+    :raises HypervisorError: QEMU does not answer.
+    """
+    await guest.command("migrate_cancel")
 
 
 def _qemu_uri(text: str) -> str:
@@ -457,7 +520,7 @@ async def mend_source(guest: Guest, uri: str) -> None:
         is connected here, and nobody else is let in between.
     """
     try:
-        stream = await _connect(uri)
+        stream = await connect(uri)
     except OSError as error:
         raise HypervisorError(f"the destination at {uri} cannot be reached: {error}") from error
     with stream, guest.control.events("MIGRATION") as events, anyio.CancelScope(shield=True):
@@ -489,62 +552,6 @@ async def settle_source(guest: Guest) -> str:
             state = await guest.run_state()
         return state
     return await guest.run_state()
-
-
-async def _connect(text: str) -> socket.socket:
-    """Do :func:`connect_stream` in a thread. :cancellation: at once; a connection that comes later is closed."""
-    lock, kept, abandoned = threading.Lock(), list[socket.socket](), False
-
-    def connect() -> socket.socket:
-        stream = connect_stream(text)
-        with lock:
-            if abandoned:
-                stream.close()
-            else:
-                kept.append(stream)
-        return stream
-
-    try:
-        return await anyio.to_thread.run_sync(connect, abandon_on_cancel=True)
-    except BaseException:
-        with lock:
-            abandoned = True
-            for stream in kept:
-                stream.close()
-        raise
-
-
-def connect_stream(text: str) -> socket.socket:
-    """Connect to a receiver; blocking.
-
-    QEMU gets the connected socket, since it would leave Nagle's algorithm on: with a return path the last small
-    segment then waits for a delayed acknowledgement, 40 ms of blackout.  And a peer that falls silent must end the
-    stream, or the transfer would never end.
-
-    :raises OSError: nobody listens there. :raises PerformError: there is no such transport.
-    """
-    uri = MigrationURI.parse(text)
-    if uri.protocol == "unix" and uri.path:
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            stream.connect(uri.path)
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-    if uri.protocol not in ("", "tcp") or not uri.host or not uri.port:
-        raise PerformError(f"QEMU cannot send to {text}: use tcp://host:port or unix:/path", side=Side.SOURCE)
-    stream = socket.create_connection((uri.host, uri.port), timeout=_CONNECT_S)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        (socket.TCP_KEEPIDLE, _SILENCE_S // 3),
-        (socket.TCP_KEEPINTVL, _SILENCE_S // 6),
-        (socket.TCP_KEEPCNT, 4),
-        (socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000),
-    ):
-        stream.setsockopt(socket.IPPROTO_TCP, option, value)
-    return stream
 
 
 def statistics_of(info: dict[str, Any]) -> TransferStatistics:

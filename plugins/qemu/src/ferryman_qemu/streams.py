@@ -1,0 +1,72 @@
+"""Connections that QEMU gets from us, so that they can be watched, limited, and ended whatever QEMU does."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import anyio.to_thread
+
+from ferryman.errors import PerformError
+from ferryman.types import Side
+from ferryman.uri import MigrationURI
+
+CONNECT_S = 10.0
+SILENCE_S = 30
+"""How long a peer may be silent before the stream is broken: the longest blackout of a cut network."""
+
+
+async def connect(text: str) -> socket.socket:
+    """Do :func:`connect_stream` in a thread. :cancellation: at once; a connection that comes later is closed."""
+    lock, kept, abandoned = threading.Lock(), list[socket.socket](), False
+
+    def connect() -> socket.socket:
+        stream = connect_stream(text)
+        with lock:
+            if abandoned:
+                stream.close()
+            else:
+                kept.append(stream)
+        return stream
+
+    try:
+        return await anyio.to_thread.run_sync(connect, abandon_on_cancel=True)
+    except BaseException:
+        with lock:
+            abandoned = True
+            for stream in kept:
+                stream.close()
+        raise
+
+
+def connect_stream(text: str) -> socket.socket:
+    """Connect to a receiver; blocking.
+
+    QEMU gets the connected socket, since it would leave Nagle's algorithm on: with a return path the last small
+    segment then waits for a delayed acknowledgement, 40 ms of blackout.  And a peer that falls silent must end the
+    stream, or the transfer would never end.
+
+    :raises OSError: nobody listens there. :raises PerformError: there is no such transport.
+    """
+    uri = MigrationURI.parse(text)
+    if uri.protocol == "unix" and uri.path:
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            stream.connect(uri.path)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+    if uri.protocol not in ("", "tcp") or not uri.host or not uri.port:
+        raise PerformError(f"QEMU cannot send to {text}: use tcp://host:port or unix:/path", side=Side.SOURCE)
+    stream = socket.create_connection((uri.host, uri.port), timeout=CONNECT_S)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, SILENCE_S // 3),
+        (socket.TCP_KEEPINTVL, SILENCE_S // 6),
+        (socket.TCP_KEEPCNT, 4),
+        (socket.TCP_USER_TIMEOUT, SILENCE_S * 1000),
+    ):
+        stream.setsockopt(socket.IPPROTO_TCP, option, value)
+    return stream
