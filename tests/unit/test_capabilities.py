@@ -23,7 +23,15 @@ from ferryman.capabilities import (
     negotiate,
 )
 from ferryman.errors import CapabilitiesError
-from ferryman.types import OPTION_FEATURES, Feature, MigrationOptions, Side
+from ferryman.types import (
+    OPTION_FEATURES,
+    Compression,
+    Feature,
+    MigrationOptions,
+    Postcopy,
+    Side,
+    StorageCopy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +107,8 @@ HOST_XML = """\
   </driver>
 </capabilities>
 """
+LAST = 9 + len(Feature)
+"""Line of the last feature in it."""
 
 BARE = Capabilities(
     scheme="mylab",
@@ -280,7 +290,9 @@ def test_features_of_newer_versions_are_ignored() -> None:
 
 UNKNOWN_PLACES = [
     pytest.param("<capabilities>", "<capabilities><x/>", 1, "capabilities/x", id="first in capabilities"),
-    pytest.param("</capabilities>", "<x/></capabilities>", 42, "capabilities/x", id="last in capabilities"),
+    pytest.param(
+        "</capabilities>", "<x/></capabilities>", LAST + 21, "capabilities/x", id="last in capabilities"
+    ),
     pytest.param("<host>", "<host><x/>", 2, "capabilities/host/x", id="host"),
     pytest.param("</cpu>", "<x/></cpu>", 7, "capabilities/host/cpu/x", id="cpu"),
     pytest.param("</uuid>", "<x/></uuid>", 3, "capabilities/host/uuid", id="uuid"),
@@ -300,15 +312,17 @@ UNKNOWN_PLACES = [
     pytest.param(
         "<uri_transports>",
         "<uri_transports><x/>",
-        22,
+        LAST + 1,
         "capabilities/host/migration_features/uri_transports/x",
         id="uri_transports",
     ),
-    pytest.param("<guest>", "<guest><x/>", 28, "capabilities/guest/x", id="guest"),
-    pytest.param('<domain type="kvm"/>', "<x/>", 33, "capabilities/guest/arch/x", id="arch"),
-    pytest.param('type="kvm"', 'type="kvm" x=""', 33, "capabilities/guest/arch/domain[1]", id="attribute"),
-    pytest.param("</driver>", "<x/></driver>", 41, "capabilities/driver/x", id="driver"),
-    pytest.param("</driver>", "</driver><driver/>", 41, "capabilities/driver[2]", id="second driver"),
+    pytest.param("<guest>", "<guest><x/>", LAST + 7, "capabilities/guest/x", id="guest"),
+    pytest.param('<domain type="kvm"/>', "<x/>", LAST + 12, "capabilities/guest/arch/x", id="arch"),
+    pytest.param(
+        'type="kvm"', 'type="kvm" x=""', LAST + 12, "capabilities/guest/arch/domain[1]", id="attribute"
+    ),
+    pytest.param("</driver>", "<x/></driver>", LAST + 20, "capabilities/driver/x", id="driver"),
+    pytest.param("</driver>", "</driver><driver/>", LAST + 20, "capabilities/driver[2]", id="second driver"),
 ]
 
 
@@ -336,25 +350,36 @@ WRONG_VALUES = [
     pytest.param(
         ">tcp<",
         ">TCP<",
-        23,
+        LAST + 2,
         "host/migration_features/uri_transports/uri_transport[1]",
         "'TCP'",
         id="transport",
     ),
-    pytest.param(">hvm<", ">xen<", 29, "guest/os_type", "'xen'", id="os_type"),
-    pytest.param('name="x86_64"', 'name="i686"', 30, "guest/arch", "i686", id="two architectures"),
-    pytest.param('type="kvm"', 'type=""', 33, "guest/arch/domain[1]", "attribute", id="domain type"),
+    pytest.param(">hvm<", ">xen<", LAST + 8, "guest/os_type", "'xen'", id="os_type"),
+    pytest.param('name="x86_64"', 'name="i686"', LAST + 9, "guest/arch", "i686", id="two architectures"),
+    pytest.param('type="kvm"', 'type=""', LAST + 12, "guest/arch/domain[1]", "attribute", id="domain type"),
     pytest.param(">qemu<", ">q<", None, "", "", id="control: one that is right"),
-    pytest.param("7.2.13", "7.02", 40, "driver/version", "'7.02'", id="version with a zero"),
-    pytest.param("7.2.13", "7.2-rc1", 40, "driver/version", "'7.2-rc1'", id="version with a word"),
-    pytest.param("7.2.13", "1.1.1.1.1.1.1.1.1", 40, "driver/version", "'1.1", id="version with nine parts"),
-    pytest.param("7.2.13", "1000000000", 40, "driver/version", "'1000000000'", id="version with ten digits"),
-    pytest.param("    <version>7.2.13</version>\n", "", 37, "driver", "element is missing", id="no version"),
+    pytest.param("7.2.13", "7.02", LAST + 19, "driver/version", "'7.02'", id="version with a zero"),
+    pytest.param("7.2.13", "7.2-rc1", LAST + 19, "driver/version", "'7.2-rc1'", id="version with a word"),
     pytest.param(
-        ">pc-i440fx-7.2<", ">pc-q35-7.2<", 32, "guest/arch", "pc-q35-7.2 stands twice", id="machine twice"
+        "7.2.13", "1.1.1.1.1.1.1.1.1", LAST + 19, "driver/version", "'1.1", id="version with nine parts"
     ),
-    pytest.param(">unix<", ">tcp<", 24, "uri_transports", "tcp stands twice", id="transport twice"),
-    pytest.param('"kvm"', '"qemu"', 34, "guest/arch", "qemu stands twice", id="domain type twice"),
+    pytest.param(
+        "7.2.13", "1000000000", LAST + 19, "driver/version", "'1000000000'", id="version with ten digits"
+    ),
+    pytest.param(
+        "    <version>7.2.13</version>\n", "", LAST + 16, "driver", "element is missing", id="no version"
+    ),
+    pytest.param(
+        ">pc-i440fx-7.2<",
+        ">pc-q35-7.2<",
+        LAST + 11,
+        "guest/arch",
+        "pc-q35-7.2 stands twice",
+        id="machine twice",
+    ),
+    pytest.param(">unix<", ">tcp<", LAST + 3, "uri_transports", "tcp stands twice", id="transport twice"),
+    pytest.param('"kvm"', '"qemu"', LAST + 13, "guest/arch", "qemu stands twice", id="domain type twice"),
     pytest.param("<rename/>", "<live/>", 11, "migration_features", "live stands twice", id="feature twice"),
     pytest.param(
         "<rename/>", "<x/>\n<x/>", 12, "migration_features", "x stands twice", id="new feature twice"
@@ -362,7 +387,7 @@ WRONG_VALUES = [
     pytest.param(
         "</uri_transports>",
         "</uri_transports><uri_transports><uri_transport>rdma</uri_transport></uri_transports>",
-        25,
+        LAST + 4,
         "migration_features",
         "uri_transports stands twice",
         id="transports twice",
@@ -582,7 +607,7 @@ def test_a_declaration_does_not_hide_in_another_encoding(encoding: str) -> None:
 @hostile
 @given(st.sampled_from(["&e;", "&#0;", "&#xD800;", "&#x110000;", "&", "&#99999999999999999999;", "%e;&"]))
 def test_entities_that_nobody_declared(entity: str) -> None:
-    assert refusal(edited(">QEMU<", f">{entity}<")).line == 39
+    assert refusal(edited(">QEMU<", f">{entity}<")).line == LAST + 18
 
 
 @hostile
@@ -794,9 +819,40 @@ ASKED: dict[str, Any] = {
     "paused": True,
     "persist": True,
     "undefine_source": True,
+    "port_range": (49_152, 49_215),
+    "streams": 4,
+    "compression": Compression.XBZRLE,
+    "compression_level": 3,
+    "xbzrle_cache_bytes": 1 << 20,
+    "zero_copy": True,
+    "auto_converge": True,
+    "throttle_initial_percent": 10,
+    "throttle_increment_percent": 5,
+    "throttle_max_percent": 90,
+    "postcopy": Postcopy.ON_REQUEST,
+    "postcopy_bandwidth_bytes_per_s": 1_000_000,
+    "tls": True,
+    "tls_name": "web.example",
+    "destination_definition": HOST_XML,
+    "disks": (("vda", "/srv/web"),),
+    "graphics_address": "192.0.2.7",
+    "copy_storage": StorageCopy.FULL,
+    "copy_disks": ("vda",),
+    "copy_bandwidth_bytes_per_s": 1_000_000,
+    "copy_synchronously": True,
 }
+NEEDS: dict[str, dict[str, Any]] = {
+    "compression_level": {"compression": Compression.ZSTD},
+    "xbzrle_cache_bytes": {"compression": Compression.XBZRLE},
+    **{option: {"auto_converge": True} for option in ASKED if option.startswith("throttle_")},
+    "postcopy_bandwidth_bytes_per_s": {"postcopy": Postcopy.ON_REQUEST},
+    "tls_name": {"tls": True},
+    **{option: {"copy_storage": StorageCopy.FULL} for option in ASKED if option.startswith("copy_")},
+}
+"""What each option means nothing without."""
+
 # Written out here, not taken from FEATURE_SIDES, which it checks.
-SIDES = {
+SIDES: dict[str, Side | None] = {
     "name": Side.DESTINATION,
     "listen_address": Side.DESTINATION,
     "bandwidth_bytes_per_s": Side.SOURCE,
@@ -804,9 +860,45 @@ SIDES = {
     "paused": Side.DESTINATION,
     "persist": Side.DESTINATION,
     "undefine_source": Side.SOURCE,
+    "port_range": Side.DESTINATION,
+    "streams": None,
+    "compression": None,
+    "compression_level": None,
+    "xbzrle_cache_bytes": None,
+    "zero_copy": Side.SOURCE,
+    "auto_converge": Side.SOURCE,
+    "throttle_initial_percent": Side.SOURCE,
+    "throttle_increment_percent": Side.SOURCE,
+    "throttle_max_percent": Side.SOURCE,
+    "postcopy": None,
+    "postcopy_bandwidth_bytes_per_s": None,
+    "tls": None,
+    "tls_name": None,
+    "destination_definition": Side.DESTINATION,
+    "disks": Side.DESTINATION,
+    "graphics_address": Side.DESTINATION,
+    "copy_storage": None,
+    "copy_disks": None,
+    "copy_bandwidth_bytes_per_s": None,
+    "copy_synchronously": None,
 }
+"""None is both."""
+
 SOURCE = HOST
 DESTINATION = replace(HOST, scheme="xen", hypervisor="Xen", uri_transports=("xenmigr", "unix", "tcp"))
+
+
+def asking(*names: str) -> MigrationOptions:
+    """Options that ask for those of these names, and for what they mean nothing without."""
+    values: dict[str, Any] = {}
+    for name in names:
+        if name != "compression_level" or "xbzrle_cache_bytes" not in names:
+            values |= {name: ASKED[name]} | NEEDS.get(name, {})
+    return MigrationOptions(**values)
+
+
+def of_feature(feature: Feature) -> set[str]:
+    return {option for option, needed in OPTION_FEATURES.items() if needed is feature}
 
 
 def without(host: Capabilities, *features: Feature) -> Capabilities:
@@ -818,7 +910,9 @@ def test_every_feature_and_option_has_its_sides() -> None:
     assert all(FEATURE_SIDES.values())
     assert set(SIDES) == set(ASKED) == set(OPTION_FEATURES)
     both = {feature for feature, sides in FEATURE_SIDES.items() if set(sides) == set(Side)}
-    assert both == {Feature.LIVE, Feature.POSTCOPY}
+    assert both == {Feature.LIVE} | {
+        OPTION_FEATURES[option] for option, side in SIDES.items() if side is None
+    }
 
 
 @pytest.mark.parametrize("best_effort", [False, True], ids=["required", "best effort"])
@@ -834,34 +928,40 @@ def test_an_option_needs_its_side_and_no_other(
     feature = OPTION_FEATURES[option]
     source = SOURCE if at_source else without(SOURCE, feature)
     destination = DESTINATION if at_destination else without(DESTINATION, feature)
-    allowed = frozenset({option} if best_effort else ())
-    asked: dict[str, Any] = {option: ASKED[option], "best_effort": allowed, "lease_s": 7.0}
-    options = MigrationOptions(**asked)
+    asked = asking(option)
+    allowed = frozenset(asked.asked() if best_effort else ())
+    options = replace(asked, best_effort=allowed, lease_s=7.0)
 
     negotiation = negotiate(source, destination, options)
 
-    used = at_source if SIDES[option] is Side.SOURCE else at_destination
-    (outcome,) = negotiation.options
-    place = "source (driver qemu)" if SIDES[option] is Side.SOURCE else "destination (driver xen)"
-    assert (outcome.option, outcome.feature, outcome.used) == (option, feature, used)
-    assert outcome.reason == (
-        f"{option} needs {feature.value}, which is {'' if used else 'not '}supported by the {place}"
-    )
-    if used:
-        assert negotiation.effective(options) == options
-    else:
+    places = [("the source (driver qemu)", Side.SOURCE), ("the destination (driver xen)", Side.DESTINATION)]
+    asked_of = [place for place in places if SIDES[option] in (None, place[1])]
+    there = {Side.SOURCE: at_source, Side.DESTINATION: at_destination}
+    lacking = [place for place in asked_of if not there[place[1]]]
+    said = " and ".join(place for place, _ in lacking or asked_of)
+    assert [outcome.option for outcome in negotiation.options] == list(asked.asked())
+    for outcome in negotiation.options:
+        assert (outcome.feature, outcome.used) == (feature, not lacking)
+        assert outcome.reason == (
+            f"{outcome.option} needs {feature.value}, which is {'not ' if lacking else ''}supported by {said}"
+        )
+    if lacking:
         assert negotiation.effective(options) == MigrationOptions(best_effort=allowed, lease_s=7.0)
-    assert negotiation.refused(options) == (() if used or best_effort else (outcome,))
+    else:
+        assert negotiation.effective(options) == options
+    assert negotiation.refused(options) == (negotiation.options if lacking and not best_effort else ())
 
 
 @pytest.mark.parametrize("option", ASKED)
-def test_the_lack_of_one_feature_drops_one_option(option: str) -> None:
-    options = MigrationOptions(**ASKED)
+def test_the_lack_of_one_feature_drops_its_options_and_no_other(option: str) -> None:
+    options = asking(*ASKED)
     feature = OPTION_FEATURES[option]
     negotiation = negotiate(without(SOURCE, feature), without(DESTINATION, feature), options)
+    dropped = of_feature(feature) & set(options.asked())
     assert [outcome.option for outcome in negotiation.options] == list(options.asked())
-    assert [outcome.option for outcome in negotiation.options if not outcome.used] == [option]
-    assert negotiation.effective(options) == replace(options, **{option: getattr(MigrationOptions(), option)})
+    assert {outcome.option for outcome in negotiation.options if not outcome.used} == dropped
+    defaults = {name: getattr(MigrationOptions(), name) for name in dropped}
+    assert negotiation.effective(options) == replace(options, **defaults)
 
 
 def test_nothing_asked_is_nothing_decided() -> None:
@@ -896,17 +996,15 @@ def test_shared_transports_stand_in_the_order_of_the_source(
     assert negotiate(*hosts, MigrationOptions()).transports == shared
 
 
-some_options = st.dictionaries(st.sampled_from(sorted(ASKED)), st.just(None)).map(
-    lambda chosen: {option: ASKED[option] for option in chosen}
-)
+some_options = st.lists(st.sampled_from(sorted(ASKED)), unique=True).map(lambda chosen: asking(*chosen))
 
 
 @often
 @given(capabilities, capabilities, some_options, st.frozensets(st.sampled_from(sorted(ASKED))))
 def test_what_is_in_effect_is_honoured_by_both(
-    source: Capabilities, destination: Capabilities, asked: dict[str, Any], best_effort: frozenset[str]
+    source: Capabilities, destination: Capabilities, asked: MigrationOptions, best_effort: frozenset[str]
 ) -> None:
-    options = MigrationOptions(**asked, best_effort=best_effort)
+    options = replace(asked, best_effort=best_effort)
     negotiation = negotiate(source, destination, options)
     effective = negotiation.effective(options)
     again = negotiate(source, destination, effective)

@@ -18,7 +18,7 @@ from ferryman.hookspecs import HostRequest, hookimpl
 from ferryman.journal import Journal
 from ferryman.testing import Fault, FaultPlan, World
 from ferryman.testing.simulator import SimulatedDriver
-from ferryman.types import DomainEventKind, DomainUUID, Feature, FindingSeverity
+from ferryman.types import DomainEventKind, DomainUUID, Feature, FindingSeverity, TimeoutAction
 from tests.simulated import NAME, UUID, definition, receivers, start, two_hosts
 
 OTHER_UUID = "11111111-98b7-4d0e-8f0a-2f7d1c1f9e55"
@@ -119,7 +119,11 @@ ACTS: dict[str, Act] = {
 SAME = {"host_uuid": OTHER_UUID}
 NO_CAP = {"features": FEATURES - {Feature.BANDWIDTH}}
 NOT_LIVE = {"features": FEATURES - {Feature.LIVE}}
+REDEFINE = {"beta": {"features": FEATURES}}
 CAP = {"bandwidth_bytes_per_s": 1}
+DISK = {"disks": (("vda", "/srv/web"),)}
+OTHER = {"destination_definition": definition(uuid=OTHER_UUID)}
+LATE = {"timeout_s": 60.0, "timeout_action": TimeoutAction.POSTCOPY}
 # The finding's code, what is asked, what the hosts say, what is done, the side, words of its two sentences.
 Case = tuple[str, dict[str, Any], Changes, str, Side | None, str, str]
 CASES: list[Case] = [
@@ -137,6 +141,10 @@ CASES: list[Case] = [
     ("migration-uri-invalid", {"migration_uri": "tcp://h:x"}, {}, "", None, "port", "host:port"),
     ("option-unsupported", {"listen_address": "::1"}, {}, "", None, "listen_address", "best_effort"),
     ("option-unsupported", CAP, {"alpha": NO_CAP}, "", None, "the source", "leave bandwidth_bytes_"),
+    ("option-unsupported", LATE, {}, "", None, "timeout_action", "another action"),
+    ("option-unsupported", DISK, {}, "", None, "disks needs redefine", "leave disks out"),
+    ("definition-unusable", DISK, REDEFINE, "", None, "path for the disk vda", "options"),
+    ("definition-unusable", OTHER, REDEFINE, "", None, f"is of domain {OTHER_UUID}", "options"),
     ("arch-mismatch", {}, {"beta": {"arch": "riscv64"}}, "", D, "riscv64", "architecture"),
     ("live-unsupported", {}, {"beta": NOT_LIVE}, "", None, "live", "capabilities"),
 ]

@@ -11,10 +11,26 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from ferryman.engine import Begun, Endpoint, Host, Performed, Prepared
-from ferryman.errors import ConnectError, DomainStateError, PaperError, PerformError
+from ferryman.engine import Begun, Endpoint, Finished, Host, Performed, Prepared
+from ferryman.errors import (
+    ConnectError,
+    DomainStateError,
+    FerrymanError,
+    GuestLostError,
+    HypervisorError,
+    PaperError,
+    PerformError,
+)
 from ferryman.handover import Cookie, PaperKind, Record, decode_cookie, encode_cookie
-from ferryman.hookspecs import BeginReply, ConfirmReply, PerformReply, PrepareReply, Verdict
+from ferryman.hookspecs import (
+    BeginReply,
+    ConfirmReply,
+    MendReply,
+    PerformReply,
+    PrepareReply,
+    ServeReply,
+    Verdict,
+)
 from ferryman.journal import Journal
 from ferryman.registry import Hooks
 from ferryman.resolve import Testimony as Evidenced
@@ -51,6 +67,9 @@ class Hypervisor:
         self.told: list[str] = []
         self.switched = anyio.Event()
         self.every_page = anyio.Event()
+        self.served: list[ServeReply] = []
+        """What the pages come to before every one has come."""
+        self.mended: list[MendReply | FerrymanError] = []
         self.end: PerformReply | PerformError = PerformReply(statistics=TransferStatistics(), switched=True)
         self.evidence = Evidence(guest=GuestEvidence.STOPPED, transfer=TransferEvidence.SWITCHED)
 
@@ -73,7 +92,16 @@ class Hypervisor:
                     raise self.end
                 return self.end
             case "migrate_serve":
+                if self.served:
+                    return self.served.pop(0)
                 await self.every_page.wait()
+                return ServeReply()
+            case "migrate_mend":
+                self.told.append(str(request.migration_uri))
+                mended = self.mended.pop(0)
+                if isinstance(mended, FerrymanError):
+                    raise mended
+                return mended
             case "migrate_finish":
                 self.told.append(request.verdict.value)
             case "migrate_confirm":
@@ -177,6 +205,57 @@ async def test_a_switch_from_pledge_to_the_last_page(tmp_path: Path) -> None:
             a.hypervisor.every_page.set()
         assert a.hypervisor.told[-1] == Verdict.GIVEN.value
         assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+async def claimed(a: End, b: End) -> tuple[Begun, Finished]:
+    """A guest that is split: claimed, and not all of its pages are there."""
+    async with transferring(a, b) as (begun, receipt, done):
+        pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+        await a.host.switch(pledge.cookie)
+    return begun, await b.host.decide(done[0].cookie)
+
+
+async def test_a_broken_stream_is_mended_as_often_as_it_takes(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        _begun, claim = await claimed(a, b)
+        a.hypervisor.served = [ServeReply(broken=True)] * 3
+        # The destination is asked first each time; the second time it cannot, and the third time the source cannot.
+        b.hypervisor.mended = [
+            MendReply(migration_uri="tcp://127.0.0.1:2"),
+            HypervisorError("not now"),
+            MendReply(migration_uri="tcp://127.0.0.1:3"),
+        ]
+        a.hypervisor.mended = [MendReply(), HypervisorError("nor now")]
+        a.hypervisor.every_page.set()
+        confirmed = await a.host.confirm(claim.cookie)
+        assert (confirmed.kind, confirmed.guest_gone) == (PaperKind.GIVEN, False)
+        told = [what for what in a.hypervisor.told if what.startswith("tcp:")]
+        assert told == ["tcp://127.0.0.1:2", "tcp://127.0.0.1:3"]
+        assert b.hypervisor.told.count("migrate_mend") == 3
+        assert a.hypervisor.told[-1] == Verdict.GIVEN.value
+        assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+@pytest.mark.parametrize("half", ["source", "destination"])
+async def test_a_half_that_is_gone_loses_the_guest(tmp_path: Path, half: str) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, claim = await claimed(a, b)
+        a.hypervisor.served = [ServeReply(broken=True) if half == "destination" else ServeReply(lost=True)]
+        b.hypervisor.mended = [GuestLostError("it is gone")]
+        confirmed = await a.host.confirm(claim.cookie)
+        assert confirmed.guest_gone
+        assert a.record(Side.SOURCE, begun) is Record.GIVEN
+        assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+async def test_only_a_guest_that_was_claimed_is_mended(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, receipt = await prepared(a, b)
+        asked = with_kind(receipt.cookie, PaperKind.ASK)
+        with pytest.raises(PaperError, match="brought no guest here"):
+            await b.host.mend(asked)
+        assert "migrate_mend" not in b.hypervisor.told
+        await a.host.give_up(begun.id)
 
 
 async def test_no_switch_without_a_pledge(tmp_path: Path) -> None:
