@@ -226,15 +226,10 @@ class SaveHooks(QemuHost):
             raise DefinitionError(f"{request.path} is damaged: it is of two domains")
         if request.definition is not None:
             given = self._pin(read_machine(request.definition))
-            for what, there, here in (
-                ("uuid", machine.definition.uuid, given.definition.uuid),
-                ("machine type", machine.machine, given.machine),
-                ("memory", machine.definition.memory_bytes, given.definition.memory_bytes),
-                ("number of processors", machine.definition.vcpus, given.definition.vcpus),
-            ):
+            for what, there, here in zip(_SAME, _seen_by_guest(machine), _seen_by_guest(given), strict=True):
                 if there != here:
                     raise DefinitionError(
-                        f"the {what} of the definition is {here}, and {request.path} has {there}: it is another machine"
+                        f"the {what} of the definition and of the guest in {request.path} differ: it is another machine"
                     )
             machine = given
         return self._admit(machine)
@@ -295,6 +290,24 @@ class SaveHooks(QemuHost):
                 _log.warning("the save of domain %s (%s) could not be settled: %s", name, uuid, error)
         elif guest.record.reboot or not guest.running:
             await self._settle_power(guest)
+
+
+_SAME = ("uuid", "machine type", "memory", "processors", "devices")
+
+
+def _seen_by_guest(machine: Machine) -> tuple[object, ...]:
+    """What the state in a file fits to, in the order of ``_SAME``; QEMU itself would overlook much of it."""
+    devices = [
+        (type(device).__name__, device.alias, device.address, getattr(device, "model", ""))
+        for device in machine.devices
+    ]
+    return (
+        machine.definition.uuid,
+        machine.machine,
+        machine.max_memory_bytes,
+        (machine.vcpus, machine.max_vcpus, machine.cpu),
+        devices,
+    )
 
 
 async def _copy(reading: int, file: int) -> None:
