@@ -417,11 +417,11 @@ def test_a_domain_is_locked_while_it_moves(field: Field) -> None:
                 domain.migrate(b).result()
             # A receiver is no domain yet, but its name and uuid are taken.
             assert b.list_domains() == []
-            for definition in (field.definition, field.define(NAME)):
+            with pytest.raises(DomainBusyError, match=str(job.id)):
+                b.create(field.definition)
+            for make in (b.create, b.define):
                 with pytest.raises(DomainExistsError):
-                    b.create(definition)
-            with pytest.raises(DomainExistsError):
-                b.define(field.define(NAME))
+                    make(field.define(NAME))
             assert domain.info().state is DomainState.RUNNING
             job.abort()
         assert field.the_runner() == pids(field.roots[0])[0]

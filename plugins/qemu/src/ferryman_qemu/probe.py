@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -144,7 +145,7 @@ def probe(path: str, cache: Path) -> Emulator:
         raise HypervisorError(f"{path} does not start: run it with -machine none -accel tcg to see why")
     version = answers[0]["qemu"]
     cpus = {"tcg": _cpus(answers[2])}
-    accelerated = _ask(path, "kvm", [("query-cpu-definitions", {})])
+    accelerated = _ask(path, "kvm", [("query-cpu-definitions", {})]) if _runs_code(path, "kvm") else None
     if accelerated is not None:
         cpus["kvm"] = _cpus(accelerated[0])
     features, host_models = {}, {}
@@ -189,6 +190,33 @@ def host_cpu() -> str:
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         names = [line.partition(":")[2] for line in file if line.startswith("model name")]
     return " ".join(names[0].split()) if names else ""
+
+
+_FIRMWARE_BYTES = 65_536
+_RESET_VECTOR = 16
+_SAY_AND_STOP = bytes((0xB0, 0x10, 0xE6, 0xF4, 0xF4))
+"""What the processor starts with: ``mov al, 0x10; out 0xf4, al; hlt``."""
+
+_SAID = 0x10 << 1 | 1
+"""Exit status of QEMU when ``isa-debug-exit`` is told that (hw/misc/debugexit.c)."""
+
+
+def _runs_code(path: str, accelerator: str) -> bool:
+    """Whether a guest's first instructions run with an accelerator: it may open, and fail only then."""
+    firmware = _SAY_AND_STOP.ljust(_RESET_VECTOR, b"\0").rjust(_FIRMWARE_BYTES, b"\0")
+    with tempfile.NamedTemporaryFile(prefix="ferryman-probe-") as file:
+        file.write(firmware)
+        file.flush()
+        argv = [path, "-machine", "pc", "-accel", accelerator, "-nodefaults", "-no-user-config"]
+        argv += ["-display", "none", "-m", "1", "-bios", file.name]
+        argv += ["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]
+        try:
+            ended = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return ended.returncode == _SAID
 
 
 def _host_model(
