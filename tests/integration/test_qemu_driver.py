@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -102,11 +103,11 @@ def test_a_guest_outlives_a_program_that_was_killed(field: Field) -> None:
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"started\n"
-        with (
-            pytest.raises(HostBusyError, match=rf"process {child.pid}\)"),
-            ferryman.sync.connect(field.uris[0]),
-        ):
-            pass
+        with ferryman.sync.connect(field.uris[0]) as a:
+            # It looks on, and changes nothing while the other one is there.
+            assert a.lookup_by_name(NAME).info().state is DomainState.RUNNING
+            with pytest.raises(HostBusyError, match=rf"process {child.pid}\)"):
+                a.lookup_by_name(NAME).suspend()
         child.kill()
     assert child.returncode == -signal.SIGKILL
     with ferryman.sync.connect(field.uris[0]) as a:
@@ -116,13 +117,78 @@ def test_a_guest_outlives_a_program_that_was_killed(field: Field) -> None:
         a.lookup_by_name(NAME).undefine()
 
 
-def test_a_second_opener_in_this_program_is_told_who_has_the_root(field: Field) -> None:
+def test_a_second_program_looks_on(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads what there is, waits for the first one before it changes something, and then is the one that does."""
+    monkeypatch.setattr("ferryman_qemu.root.LOCK_WAIT_S", 0.3)
+    with ExitStack() as first, ferryman.sync.connect(field.uris[1]) as other:
+        a = first.enter_context(ferryman.sync.connect(field.uris[0]))
+        a.define(field.define("shut"))
+        running = a.create(field.definition)
+        paused = a.create(field.define("paused"), paused=True)
+        with ferryman.sync.connect(field.uris[0]) as onlooker:
+            domains = {domain.name: domain for domain in onlooker.list_domains()}
+            states = {name: domain.info().state for name, domain in domains.items()}
+            assert states == {
+                NAME: DomainState.RUNNING,
+                "paused": DomainState.PAUSED,
+                "shut": DomainState.SHUT_OFF,
+            }
+            assert domains[NAME].definition() == running.definition()
+            assert set(onlooker.statistics()) == {domain.uuid for domain in domains.values()}
+            assert onlooker.capabilities() == a.capabilities()
+            assert onlooker.lookup_by_uuid(paused.uuid).name == "paused"
+            with pytest.raises(DomainNotFoundError):
+                onlooker.lookup_by_name("nobody")
+            # What the first one does is seen; nothing that would change anything is done.
+            paused.destroy()
+            with pytest.raises(DomainNotFoundError):
+                domains["paused"].info()
+            changes: list[Callable[[], object]] = [
+                domains[NAME].suspend,
+                domains["shut"].start,
+                domains["shut"].undefine,
+                lambda: onlooker.create(field.define("new")),
+                lambda: domains[NAME].migrate(other).result(),
+                onlooker.acquire,
+            ]
+            for change in changes:
+                with pytest.raises(HostBusyError, match=rf"process {os.getpid()}\)"):
+                    change()
+            with pytest.raises(HostBusyError, match="acquire"), onlooker.events():
+                pass
+            with pytest.raises(HostBusyError, match="acquire"):
+                onlooker.in_doubt()
+            assert {domain.name for domain in a.list_domains()} == {NAME, "shut"}
+            field.the_runner()
+            first.close()
+            # The next change makes it the one.
+            domains["shut"].undefine()
+            assert onlooker.in_doubt() == []
+            assert domains[NAME].migrate(other).result().uuid == running.uuid
+        other.lookup_by_name(NAME).destroy()
+    field.assert_unbroken(crossings=1)
+
+
+def test_programs_that_look_on_at_once(field: Field) -> None:
+    """QEMU's monitor for them takes one at a time, and each waits its turn."""
     with ferryman.sync.connect(field.uris[0]) as a:
-        with pytest.raises(HostBusyError, match=str(os.getpid())), ferryman.sync.connect(field.uris[0]):
-            pass
-        assert a.list_domains() == []
-    with ferryman.sync.connect(field.uris[0]) as a:
-        assert a.list_domains() == []
+        domain = a.create(field.definition)
+        with ExitStack() as stack:
+            onlookers = [stack.enter_context(ferryman.sync.connect(field.uris[0])) for _ in range(4)]
+            found: list[str] = []
+
+            def look(onlooker: Connection) -> None:
+                for _ in range(10):
+                    found.extend(seen.name for seen in onlooker.list_domains())
+                    assert onlooker.lookup_by_name(NAME).info().state is DomainState.RUNNING
+
+            threads = [Thread(target=look, args=(onlooker,)) for onlooker in onlookers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PROMPT_S)
+            assert found == [NAME] * 40
+        domain.destroy()
 
 
 def test_a_qemu_that_is_killed_is_a_crash(field: Field) -> None:

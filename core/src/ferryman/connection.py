@@ -28,6 +28,7 @@ from ferryman.errors import (
     ConnectionClosedError,
     DomainNotFoundError,
     FerrymanError,
+    HostBusyError,
     NotSupportedError,
     OptionError,
 )
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
 
     from ferryman.handover import MigrationRow
+    from ferryman.journal import Journal
     from ferryman.migration import MigrationJob
     from ferryman.plan import Plan
     from ferryman.resolve import Resolution, Testimony
@@ -100,9 +102,12 @@ class Connection:
 
     Entering it loads the driver, opens the host, and settles what earlier programs left open there.
 
+    One program at a time changes a host, from its opening, or its first change, to its closing; others look on
+    meanwhile: they list, look up, and count.  Whoever changes something does :meth:`acquire` first, by itself.
+
     :raises UnknownSchemeError: on entering: nothing installed serves the URI.
     :raises ConnectError: on entering: the host cannot be used.
-    :raises HostBusyError: on entering: another program holds the host.
+    :raises HostBusyError: on entering: another program holds the host, and its driver lets nobody look on.
     :raises JournalError: on entering: the host's journal cannot be trusted.
     :cancellation: while entering: nothing is left open.
     """
@@ -112,6 +117,9 @@ class Connection:
         self._stack = AsyncExitStack()
         self._hooks: Hooks | None = None
         self._host: Host | None = None
+        self._reply = OpenReply()
+        self._journal: Journal | None = None
+        self._acquiring = anyio.Lock()
         self._listeners: list[MemoryObjectSendStream[DomainEvent]] = []
         self._bare: dict[DomainUUID, DomainInfo] = {}
 
@@ -129,38 +137,68 @@ class Connection:
         hooks = await anyio.to_thread.run_sync(open_driver, self.uri)
         # INVARIANT: two groups, since the engine's tasks end before the journal, and the driver's after its close.
         tasks = await _enter_tasks(stack)
-        reply = OpenReply()
         if hooks.has("connection_open"):
-            reply = await hooks.call(
+            self._reply = await hooks.call(
                 "connection_open", OpenRequest(uri=self.uri, tasks=tasks, emit=self._emit), OpenReply
             )
         if hooks.has("connection_close"):
             stack.push_async_callback(_close_host, hooks)
-        address = reply.address or self.uri.render()
+        stack.callback(self._close_journal)
+        self._start = _starter(await _enter_tasks(stack))
+        self._hooks = hooks
+        stack.callback(self._closed)
+        if not self._reply.looks_on:
+            await self._open_host(hooks)
+
+    async def _open_host(self, hooks: Hooks) -> None:
+        """Open the journal of a host that this program may change, and settle what earlier ones left open."""
         from ferryman.journal import Journal  # sqlite3 is loaded where a host is opened
 
-        path = reply.journal or _default_journal(self.uri.scheme, address)
-        journal = await anyio.to_thread.run_sync(Journal.open, path)
-        stack.callback(journal.close)
-        host = Host(
-            hooks, journal, address=address, peer=_ask_peer, start=_starter(await _enter_tasks(stack))
-        )
-        key = (anyio.lowlevel.current_token(), address)
-        if key not in _open_hosts:
-            _open_hosts[key] = self
-            stack.callback(_open_hosts.pop, key, None)
-        self._hooks, self._host = hooks, host
-        stack.callback(self._closed)
+        address = self.address
+        path = self._reply.journal or _default_journal(self.uri.scheme, address)
+        self._journal = await anyio.to_thread.run_sync(Journal.open, path)
+        self._host = host = Host(hooks, self._journal, address=address, peer=_ask_peer, start=self._start)
+        _open_hosts.setdefault((anyio.lowlevel.current_token(), address), self)
         await host.recover()
         if hooks.has("host_autostart"):
             # INVARIANT: after the recovery, since a domain whose migration is open may run elsewhere.
             await hooks.call("host_autostart", BootRequest(admit=host.require_free), type(None))
 
+    async def acquire(self) -> Host:
+        """Become the program that changes this host; nothing where it is already.
+
+        Every change does this first.
+
+        :returns: the host's end of migrations.
+        :raises HostBusyError: another program changes the host and did not let go in time; this one looks on as before.
+        :raises JournalError: the host's journal cannot be trusted; the connection is of no more use for changes.
+        :cancellation: as if it had not been called.
+        """
+        hooks = self.hooks
+        async with self._acquiring:
+            if self._host is None:
+                await hooks.call("connection_acquire", HostRequest(), type(None))
+                try:
+                    await self._open_host(hooks)
+                except BaseException:
+                    self._host = None
+                    self._close_journal()
+                    raise
+        return self.host
+
     async def __aexit__(self, *exc_info: object) -> None:
         # The block's own exception stays out of the task groups, which would wrap it in an ExceptionGroup.
         await self._stack.__aexit__(None, None, None)
 
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
     def _closed(self) -> None:
+        key = (anyio.lowlevel.current_token(), self.address)
+        if _open_hosts.get(key) is self:
+            del _open_hosts[key]
         self._hooks = None
         self._host = None
         for listener in self._listeners:
@@ -187,17 +225,23 @@ class Connection:
 
     @property
     def host(self) -> Host:
-        """The host's end of migrations. :raises ConnectionClosedError: the connection is not open."""
+        """The host's end of migrations.
+
+        :raises ConnectionClosedError: the connection is not open.
+        :raises HostBusyError: this program only looks on; see :meth:`acquire`.
+        """
+        hooks = self.hooks
         if self._host is None:
-            raise ConnectionClosedError(
-                f"the connection to {self.uri} is not open: use it inside its async with block"
+            raise HostBusyError(
+                f"{self.uri} was open in another program, so this one looks on with {hooks.distribution}:"
+                " acquire() the host first"
             )
         return self._host
 
     @property
     def address(self) -> str:
         """Connection URI by which another end can ask this host."""
-        return self.host.address
+        return self._reply.address or self.uri.render()
 
     async def capabilities(self) -> Capabilities:
         """Say what this host and its driver can do."""
@@ -223,6 +267,7 @@ class Connection:
 
         :raises DefinitionError: names the element at fault. :raises DomainExistsError: the name belongs to another.
         """
+        await self.acquire()
         info = await self.hooks.call("domain_define", DefinitionRequest(definition=definition), DomainInfo)
         return Domain(self, info.name, info.uuid)
 
@@ -238,7 +283,7 @@ class Connection:
         :raises DomainBusyError: a migration has locked the domain.
         """
         read = parse_definition(definition)
-        self.host.require_free(read.uuid, read.name)
+        (await self.acquire()).require_free(read.uuid, read.name)
         request = DefinitionRequest(definition=definition, paused=paused, autodestroy=autodestroy)
         info = await self.hooks.call("domain_create", request, DomainInfo)
         return Domain(self, info.name, info.uuid)
@@ -258,8 +303,9 @@ class Connection:
         :raises HypervisorError: the state could not be loaded; the guest did not run.
         :cancellation: nothing is left, until the guest runs.
         """
+        host = await self.acquire()
         request = RestoreRequest(
-            path=os.fspath(path), paused=paused, definition=definition, admit=self.host.require_free
+            path=os.fspath(path), paused=paused, definition=definition, admit=host.require_free
         )
         info = await self.hooks.call("domain_restore", request, DomainInfo)
         return Domain(self, info.name, info.uuid)
@@ -298,8 +344,11 @@ class Connection:
 
     @contextmanager
     def events(self) -> Iterator[AsyncIterator[DomainEvent]]:
-        """Listen to events of all domains; those from now on come, in order, until the block is left."""
-        self.hooks  # noqa: B018 - raises where the connection is closed
+        """Listen to events of all domains; those from now on come, in order, until the block is left.
+
+        :raises HostBusyError: this program only looks on; see :meth:`acquire`.
+        """
+        self.host  # noqa: B018 - raises where the connection is closed, or only looks on
         send, receive = anyio.create_memory_object_stream[DomainEvent](_EVENTS_KEPT)
         self._listeners.append(send)
         try:
@@ -311,11 +360,14 @@ class Connection:
                 self._listeners.remove(send)
 
     def open_migrations(self) -> list[MigrationRow]:
-        """Migrations that are under way or in doubt at this host."""
+        """Migrations that are under way or in doubt at this host; to be acquired before."""
         return self.host.open_migrations()
 
     def in_doubt(self) -> list[Resolution]:
-        """Every migration that is open at this host, and which evidence is missing; asks nobody."""
+        """Every migration that is open at this host, and which evidence is missing; asks nobody.
+
+        :raises HostBusyError: this program only looks on; see :meth:`acquire`.
+        """
         return self.host.in_doubt()
 
     async def resolve(
@@ -330,7 +382,7 @@ class Connection:
         :cancellation: between two steps; what was decided stays.
         """
         found = MigrationId(migration_id) if migration_id is not None else None
-        return await self.host.resolve(found, testimony)
+        return await (await self.acquire()).resolve(found, testimony)
 
     async def hook_lookup(self, request: LookupRequest) -> DomainInfo:
         """Find a domain through the driver, or make the default handle that ``hookspecs`` documents."""
@@ -451,6 +503,7 @@ class Domain:
         :raises DomainStateError: it is shut off, or has no such screen.
         """
         request = ScreenshotRequest(uuid=self.uuid, name=self.name, screen=screen)
+        await self.connection.acquire()
         return await self.connection.hooks.call("domain_screenshot", request, Screenshot)
 
     @asynccontextmanager
@@ -463,6 +516,7 @@ class Domain:
         :raises DomainStateError: it is shut off, has no such console, or somebody else is connected to it.
         """
         request = ConsoleRequest(uuid=self.uuid, name=self.name, device=device)
+        await self.connection.acquire()
         stream = await self.connection.hooks.call("domain_console", request, ByteStream)
         async with stream:
             yield stream
@@ -495,6 +549,7 @@ class Domain:
         if arguments is not None:
             command["arguments"] = dict(arguments)
         request = AgentRequest(uuid=self.uuid, name=self.name, command=command, timeout_s=timeout_s)
+        await self.connection.acquire()
         return await self.connection.hooks.call("domain_agent", request, object)
 
     async def dirty_rate(self, duration_s: float = 1.0) -> int:
@@ -510,6 +565,7 @@ class Domain:
                 option="duration_s",
             )
         request = DirtyRateRequest(uuid=self.uuid, name=self.name, duration_s=duration_s)
+        await self.connection.acquire()
         return await self.connection.hooks.call("domain_dirty_rate", request, int)
 
     async def destroy(self) -> None:
@@ -539,7 +595,7 @@ class Domain:
         return DomainRequest(uuid=self.uuid, name=self.name)
 
     async def _change(self, hook: str, request: object, expects: type[Any]) -> None:
-        self.connection.host.require_free(self.uuid, self.name)
+        (await self.connection.acquire()).require_free(self.uuid, self.name)
         await self.connection.hooks.call(hook, request, expects)
 
 
@@ -585,7 +641,7 @@ async def _ask_peer(address: str, ask: Callable[[Endpoint], Awaitable[None]]) ->
     if not address:
         raise ConnectError("the other host's address is not known: its papers did not name one")
     async with _peer_connection(address) as connection:
-        await ask(connection.host)
+        await ask(await connection.acquire())
 
 
 @asynccontextmanager

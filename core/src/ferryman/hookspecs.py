@@ -102,10 +102,12 @@ class OpenReply:
 
     :param journal: where the host's journal lies; None lets the core choose a place under the user's state directory.
     :param address: connection URI by which another end can ask this host; None is the URI that was opened.
+    :param looks_on: another program may change the host now, and this one only reads until ``connection_acquire``.
     """
 
     journal: Path | None = None
     address: str | None = None
+    looks_on: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -564,6 +566,19 @@ class DriverHooks:
 
         :raises ConnectError: the host cannot be reached or used.
         :raises HostBusyError: another program holds it.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def connection_acquire(self, request: HostRequest) -> None:
+        """Become the one program that changes the host, after an opening that only looks on.
+
+        Called before the first change, and once.  Before it those hooks must work that only read: ``capabilities``,
+        ``domain_list``, ``domain_lookup``, ``domain_definition``, ``domain_statistics`` and ``host_statistics``.
+        Needed by a driver whose ``connection_open`` can answer ``looks_on``, and by no other.
+
+        :raises HostBusyError: the other program did not let go in the time that the driver states.
+        :cancellation: this program goes on looking on.
         """
         raise NotImplementedError
 

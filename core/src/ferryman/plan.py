@@ -124,10 +124,14 @@ async def make_plan(
 
     :param likely: told what would move, by its definition and under which options, as soon as that is known and
         nothing that the core sees by itself stands against it; the drivers are asked after that.
+    :raises HostBusyError: another program changes one of the hosts, and did not let go in time.
     :raises FerrymanError: a host could not be asked. What stops the migration is a blocker, not an error.
     :cancellation: nothing is left.
     """
     source = domain.connection
+    # What stands against a migration is known to whoever may change the hosts.
+    await source.acquire()
+    await destination.acquire()
     info: DomainInfo
     definition: str
     able: Capabilities

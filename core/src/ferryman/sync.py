@@ -152,6 +152,10 @@ class Connection:
         """See :meth:`ferryman.connection.Connection.lookup_by_uuid`."""
         return Domain(self, self._call(partial(self._connection.lookup_by_uuid, uuid)))
 
+    def acquire(self) -> None:
+        """See :meth:`ferryman.connection.Connection.acquire`."""
+        self._call(self._connection.acquire)
+
     def define(self, definition: str) -> Domain:
         """See :meth:`ferryman.connection.Connection.define`."""
         return Domain(self, self._call(partial(self._connection.define, definition)))

@@ -48,23 +48,27 @@ class DomainHooks(QemuHost):
 
     @hookimpl
     async def domain_list(self, request: HostRequest) -> list[DomainInfo]:
-        found = []
-        for uuid in dict.fromkeys([*self._guests, *self._defined]):
-            with suppress(DomainNotFoundError):  # a transient one may end while the others are asked
-                found.append(await self._info(uuid))
-        return found
+        async with self._seen():
+            found = []
+            for uuid in dict.fromkeys([*self._guests, *self._defined]):
+                with suppress(DomainNotFoundError):  # a transient one may end while the others are asked
+                    found.append(await self._info(uuid))
+            return found
 
     @hookimpl
     async def domain_lookup(self, request: LookupRequest) -> DomainInfo:
-        if request.uuid is not None:
-            return await self._info(request.uuid)
-        for uuid, guest in self._guests.items():
-            if guest.record.name == request.name:
-                return await self._info(uuid)
-        for uuid, definition in self._defined.items():
-            if read_pinned(definition).definition.name == request.name:
-                return await self._info(uuid)
-        raise DomainNotFoundError(f"no domain {request.name} in {self._root.path}", domain=request.name or "")
+        async with self._seen():
+            if request.uuid is not None:
+                return await self._info(request.uuid)
+            for uuid, guest in self._guests.items():
+                if guest.record.name == request.name:
+                    return await self._info(uuid)
+            for uuid, definition in self._defined.items():
+                if read_pinned(definition).definition.name == request.name:
+                    return await self._info(uuid)
+            raise DomainNotFoundError(
+                f"no domain {request.name} in {self._root.path}", domain=request.name or ""
+            )
 
     @hookimpl
     async def domain_define(self, request: DefinitionRequest) -> DomainInfo:
@@ -192,12 +196,15 @@ class DomainHooks(QemuHost):
 
     @hookimpl
     async def domain_definition(self, request: DomainRequest) -> str:
-        guest = self._guests.get(request.uuid)
-        if guest is not None:
-            return guest.record.definition
-        if request.uuid not in self._defined:
-            raise DomainNotFoundError(f"no domain {request.name} in {self._root.path}", domain=request.name)
-        return self._defined[request.uuid]
+        async with self._seen():
+            guest = self._guests.get(request.uuid)
+            if guest is not None:
+                return guest.record.definition
+            if request.uuid not in self._defined:
+                raise DomainNotFoundError(
+                    f"no domain {request.name} in {self._root.path}", domain=request.name
+                )
+            return self._defined[request.uuid]
 
 
 async def _set_balloon(guest: Guest, memory_bytes: int) -> None:

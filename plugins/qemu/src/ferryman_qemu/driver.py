@@ -53,31 +53,44 @@ class QemuDriver(DomainHooks, SaveHooks, LookHooks, CheckHooks, MigrationHooks):
     async def connection_open(self, request: OpenRequest) -> OpenReply:
         path = root_of(request.uri)
         binary = find_emulator()
-        root = await Root.open(path)
+        root = Root.open(path)
         try:
             self._emulator = await anyio.to_thread.run_sync(probe, binary, root.path / "probe.json")
             self._root, self._tasks, self._emit = root, request.tasks, request.emit
-            self._defined = root.definitions()
-            for run in root.run_directories():
-                guest = await Guest.find(
-                    run,
-                    log=root.log,
-                    tasks=request.tasks,
-                    ended=self._guest_ended,
-                    happened=self._guest_event,
-                )
-                if guest is None or (guest.record.restoring and not await self._settle_restore(guest)):
-                    continue
-                self._take(guest)
-            await self._end_bound()
+            if root.held:
+                await self._learn()
         except BaseException:
             root.close()
             raise
-        return OpenReply(journal=root.journal, address=request.uri.render())
+        return OpenReply(journal=root.journal, address=request.uri.render(), looks_on=not root.held)
+
+    @hookimpl
+    async def connection_acquire(self, request: HostRequest) -> None:
+        async with self._look_lock:
+            await self._root.acquire()
+            await self._learn()
+
+    async def _learn(self) -> None:
+        """Learn what is in the root, which this program alone changes from now on."""
+        self._defined = self._root.definitions()
+        self._guests = {}
+        for run in self._root.run_directories():
+            guest = await Guest.find(
+                run,
+                log=self._root.log,
+                tasks=self._tasks,
+                ended=self._guest_ended,
+                happened=self._guest_event,
+            )
+            if guest is None or (guest.record.restoring and not await self._settle_restore(guest)):
+                continue
+            self._take(guest)
+        await self._end_bound()
 
     @hookimpl
     async def connection_close(self, request: HostRequest) -> None:
-        await self._end_bound()
+        if self._root.held:
+            await self._end_bound()
         self._root.close()
 
     async def _end_bound(self) -> None:

@@ -197,6 +197,45 @@ class Guest:
             await guest.learn_memory()
         return guest
 
+    @classmethod
+    async def look_on(
+        cls, run: RunDirectory, *, log: Callable[[str], Path], tasks: TaskGroup
+    ) -> Guest | None:
+        """Look on at a process that another program drives, through the monitor for that; None where there is none.
+
+        It can be asked; nothing of it may be changed or cleaned up.
+
+        :raises HypervisorError: it does not answer, since a third program looks on at this moment.
+        """
+        record = run.read()
+        process = Process.find(record.identity) if record is not None else None
+        if record is None or process is None:
+            return None
+        try:
+            stream = await run.connect("read")
+        except OSError as error:
+            process.close()
+            raise HypervisorError(f"domain {record.name} cannot be looked at: {error}") from error
+        guest = cls(
+            record=record,
+            run=run,
+            process=process,
+            stream=stream,
+            log=log(record.name),
+            ended=_ignore,
+            happened=_ignore,
+        )
+        await tasks.start(guest.control.run)
+        tasks.start_soon(guest._watch_from_afar)
+        return guest
+
+    async def _watch_from_afar(self) -> None:
+        try:
+            await self.process.wait()
+            self.gone.set()
+        finally:
+            self.process.close()
+
     # Watching
 
     async def _watch_process(self) -> None:
@@ -236,6 +275,8 @@ class Guest:
                 self._told = ("", "")  # it was reset, and goes on
             case "GUEST_PANICKED":
                 self._told = ("crashed", "panicked")
+                # QEMU stops it right after it has told of it, and says so a moment later.
+                self.running = self.running and event.data.get("action") == "run"
             case "SHUTDOWN":
                 if not self._told[0]:
                     self._told = ("shut-down", str(event.data.get("reason", "")))
@@ -338,6 +379,10 @@ class Guest:
         """Change what is written down about the process."""
         self.record = record
         self.run.write(record)
+
+
+def _ignore(*_told: object) -> None:
+    """Take no notice: what happens to a guest that is only looked at is the other program's affair."""
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ from ferryman_qemu.transfer import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from anyio.abc import TaskGroup
 
@@ -79,8 +80,57 @@ class QemuHost:
         self._receivers: dict[MigrationId, Guest] = {}
         self._expected: dict[MigrationId, Expected] = {}
         self._reserved: dict[DomainUUID, str] = {}
+        self._look_lock = anyio.Lock()
         self._transfers: dict[MigrationId, Transfer] = {}
         self._free: Callable[[DomainUUID, str], None] | None = None
+
+    def _looks_on(self) -> bool:
+        """Whether another program changes the root, and this one only reads it."""
+        return not self._root.held
+
+    @asynccontextmanager
+    async def _seen(self) -> AsyncIterator[None]:
+        """Know the root for the length of a question; a program that only looks on reads it anew each time."""
+        if not self._looks_on():
+            yield
+            return
+        async with self._look_lock:
+            if not self._looks_on():
+                yield
+                return
+            failure: Exception | None = None
+            async with anyio.create_task_group() as tasks:
+                try:
+                    await self._look(tasks)
+                    yield
+                except Exception as error:  # noqa: BLE001 - raised again outside the group, which would wrap it
+                    failure = error
+                finally:
+                    self._guests = {}
+                    tasks.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+
+    async def _look(self, tasks: TaskGroup) -> None:
+        """Read the root, and connect to every process that can be looked at."""
+        self._defined = self._root.definitions()
+        self._guests = {}
+        failures: list[HypervisorError] = []
+
+        async def look_at(run: RunDirectory) -> None:
+            try:
+                guest = await Guest.look_on(run, log=self._root.log, tasks=tasks)
+            except HypervisorError as error:
+                failures.append(error)
+                return
+            if guest is not None and not guest.record.migration and not guest.record.restoring:
+                self._take(guest)
+
+        async with anyio.create_task_group() as looking:
+            for run in self._root.run_directories():
+                looking.start_soon(look_at, run)
+        if failures:
+            raise failures[0]
 
     def _take(self, guest: Guest) -> None:
         if guest.record.migration:

@@ -123,35 +123,37 @@ class LookHooks(QemuHost):
 
     @hookimpl
     async def domain_statistics(self, request: DomainRequest) -> DomainStatistics:
-        guest = self._guests.get(request.uuid)
-        if guest is None:
-            return DomainStatistics(state=(await self._info(request.uuid)).state)
-        return await self._count(guest)
+        async with self._seen():
+            guest = self._guests.get(request.uuid)
+            if guest is None:
+                return DomainStatistics(state=(await self._info(request.uuid)).state)
+            return await self._count(guest)
 
     @hookimpl
     async def host_statistics(self, request: StatisticsRequest) -> dict[DomainUUID, DomainStatistics]:
-        uuids = request.uuids
-        if uuids is None:
-            uuids = tuple(dict.fromkeys([*self._guests, *self._defined]))
-        found: dict[DomainUUID, DomainStatistics] = {}
+        async with self._seen():
+            uuids = request.uuids
+            if uuids is None:
+                uuids = tuple(dict.fromkeys([*self._guests, *self._defined]))
+            found: dict[DomainUUID, DomainStatistics] = {}
 
-        async def count(uuid: DomainUUID, guest: Guest) -> None:
-            try:
-                found[uuid] = await self._count(guest)
-            except HypervisorError as error:
-                # One that hangs hides neither the others nor what the system knows of it.
-                _log.warning("domain %s does not give its counters: %s", guest.record.name, error)
-                state = DomainState.RUNNING if guest.running else DomainState.PAUSED
-                found[uuid] = DomainStatistics(state=state, **_process_counters(guest))
+            async def count(uuid: DomainUUID, guest: Guest) -> None:
+                try:
+                    found[uuid] = await self._count(guest)
+                except HypervisorError as error:
+                    # One that hangs hides neither the others nor what the system knows of it.
+                    _log.warning("domain %s does not give its counters: %s", guest.record.name, error)
+                    state = DomainState.RUNNING if guest.running else DomainState.PAUSED
+                    found[uuid] = DomainStatistics(state=state, **_process_counters(guest))
 
-        async with anyio.create_task_group() as tasks:
-            for uuid in uuids:
-                guest = self._guests.get(uuid)
-                if guest is not None:
-                    tasks.start_soon(count, uuid, guest)
-                elif uuid in self._defined:
-                    found[uuid] = DomainStatistics(state=DomainState.SHUT_OFF)
-        return {uuid: found[uuid] for uuid in uuids if uuid in found}
+            async with anyio.create_task_group() as tasks:
+                for uuid in uuids:
+                    guest = self._guests.get(uuid)
+                    if guest is not None:
+                        tasks.start_soon(count, uuid, guest)
+                    elif uuid in self._defined:
+                        found[uuid] = DomainStatistics(state=DomainState.SHUT_OFF)
+            return {uuid: found[uuid] for uuid in uuids if uuid in found}
 
     async def _count(self, guest: Guest) -> DomainStatistics:
         questions = [Command("query-blockstats"), Command("query-block"), Command("query-cpus-fast")]

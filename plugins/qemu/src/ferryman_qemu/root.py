@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ferryman.uri import ConnectionURI
 
 LOCK_WAIT_S = 3.0
-"""How long a second program waits for the root."""
+"""How long a second program waits for the root before it changes something."""
 
 _LOCK_RETRY_S = 0.05
 _SAFE = re.compile(r"[^A-Za-z0-9_.-]")
@@ -114,18 +114,21 @@ def root_of(uri: ConnectionURI) -> Path:
 
 
 class Root:
-    """An open root: this program alone has it."""
+    """An open root.
 
-    def __init__(self, path: Path, lock: int) -> None:
+    :ivar held: this program alone changes it; others look on.
+    """
+
+    def __init__(self, path: Path, lock: int, *, held: bool) -> None:
         self.path = path
+        self.held = held
         self._lock = lock
         self.uuid = self._read_uuid()
 
     @classmethod
-    async def open(cls, path: Path) -> Root:
-        """Open a root, and make it at its first use.
+    def open(cls, path: Path) -> Root:
+        """Open a root, and make it at its first use; held, unless another program holds it.
 
-        :raises HostBusyError: another program has it open and did not let go in time.
         :raises ConnectError: the directory cannot be made or used.
         """
         try:
@@ -135,18 +138,10 @@ class Root:
         except OSError as error:
             raise ConnectError(f"the directory {path} cannot be used: {error.strerror}") from error
         try:
-            with anyio.move_on_after(LOCK_WAIT_S) as waited:
-                while not _try_lock(lock):  # noqa: ASYNC110
-                    # flock has no event to wait for: a waiting thread could not be cancelled.
-                    await anyio.sleep(_LOCK_RETRY_S)
-            if waited.cancelled_caught:
-                holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise HostBusyError(
-                    f"{path} is open in another program (process {holder}): it did not let go within {LOCK_WAIT_S:g} s"
-                )
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
-            return cls(path, lock)
+            held = _try_lock(lock)
+            if held:
+                _sign(lock)
+            return cls(path, lock, held=held)
         except (OSError, HypervisorError) as error:
             os.close(lock)
             raise ConnectError(f"the directory {path} cannot be used: {error}") from error
@@ -154,10 +149,28 @@ class Root:
             os.close(lock)
             raise
 
+    async def acquire(self) -> None:
+        """Become the program that changes the root.
+
+        :raises HostBusyError: another program holds it and did not let go within :data:`LOCK_WAIT_S`.
+        """
+        with anyio.move_on_after(LOCK_WAIT_S):
+            while not _try_lock(self._lock):  # noqa: ASYNC110
+                # flock has no event to wait for: a waiting thread could not be cancelled.
+                await anyio.sleep(_LOCK_RETRY_S)
+            _sign(self._lock)
+            self.held = True
+            return
+        holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        raise HostBusyError(
+            f"{self.path} is open in another program (process {holder}): it did not let go within {LOCK_WAIT_S:g} s"
+        )
+
     def close(self) -> None:
         """Let the root go."""
         if self._lock >= 0:
-            os.ftruncate(self._lock, 0)
+            if self.held:
+                os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = -1
 
@@ -313,6 +326,12 @@ class _directory:  # noqa: N801 - used as a function
 
     def __exit__(self, *exc_info: object) -> None:
         os.close(self._fd)
+
+
+def _sign(lock: int) -> None:
+    """Write down who holds the lock."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
 
 
 def _try_lock(lock: int) -> bool:
