@@ -258,6 +258,11 @@ class Guest:
             file.write(f"{_now()} end: {ending}\n")
         return ending, detail
 
+    @property
+    def end_is_told(self) -> bool:
+        """Whether QEMU has said why its process is about to end."""
+        return bool(self._told[0])
+
     def last_words(self) -> str:
         """The last that the process printed, at most 2000 bytes of it."""
         try:

@@ -104,7 +104,8 @@ async def _boot_again(guest: Guest, wishes: Wishes) -> None:
 
 
 async def _end(guest: Guest, ending: str) -> None:
-    guest.ending = ending
+    # What QEMU has told of the end, with its reason, is better: after a panic it shuts down too.
+    guest.ending = "" if guest.end_is_told else ending
     with anyio.CancelScope(shield=True):
         await guest.kill()
 
