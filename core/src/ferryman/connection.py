@@ -119,7 +119,8 @@ class Connection:
         self._host: Host | None = None
         self._reply = OpenReply()
         self._journal: Journal | None = None
-        self._acquiring = anyio.Lock()
+        self._key: tuple[Any, str] | None = None
+        self._acquiring: anyio.Lock
         self._listeners: list[MemoryObjectSendStream[DomainEvent]] = []
         self._bare: dict[DomainUUID, DomainInfo] = {}
 
@@ -134,6 +135,8 @@ class Connection:
 
     async def _open(self) -> None:
         stack = self._stack = AsyncExitStack()
+        # Made here, since it belongs to the loop that runs now, and not to the one that called the constructor.
+        self._acquiring = anyio.Lock()
         hooks = await anyio.to_thread.run_sync(open_driver, self.uri)
         # INVARIANT: two groups, since the engine's tasks end before the journal, and the driver's after its close.
         tasks = await _enter_tasks(stack)
@@ -158,18 +161,18 @@ class Connection:
         path = self._reply.journal or _default_journal(self.uri.scheme, address)
         self._journal = await anyio.to_thread.run_sync(Journal.open, path)
         self._host = host = Host(hooks, self._journal, address=address, peer=_ask_peer, start=self._start)
-        _open_hosts.setdefault((anyio.lowlevel.current_token(), address), self)
+        self._key = (anyio.lowlevel.current_token(), address)
+        _open_hosts.setdefault(self._key, self)
         await host.recover()
         if hooks.has("host_autostart"):
             # INVARIANT: after the recovery, since a domain whose migration is open may run elsewhere.
             await hooks.call("host_autostart", BootRequest(admit=host.require_free), type(None))
 
-    async def acquire(self) -> Host:
+    async def acquire(self) -> None:
         """Become the program that changes this host; nothing where it is already.
 
         Every change does this first.
 
-        :returns: the host's end of migrations.
         :raises HostBusyError: another program changes the host and did not let go in time; this one looks on as before.
         :raises JournalError: the host's journal cannot be trusted; the connection is of no more use for changes.
         :cancellation: as if it had not been called.
@@ -184,7 +187,6 @@ class Connection:
                     self._host = None
                     self._close_journal()
                     raise
-        return self.host
 
     async def __aexit__(self, *exc_info: object) -> None:
         # The block's own exception stays out of the task groups, which would wrap it in an ExceptionGroup.
@@ -196,9 +198,8 @@ class Connection:
             self._journal = None
 
     def _closed(self) -> None:
-        key = (anyio.lowlevel.current_token(), self.address)
-        if _open_hosts.get(key) is self:
-            del _open_hosts[key]
+        if self._key is not None and _open_hosts.get(self._key) is self:
+            del _open_hosts[self._key]
         self._hooks = None
         self._host = None
         for listener in self._listeners:
@@ -241,6 +242,7 @@ class Connection:
     @property
     def address(self) -> str:
         """Connection URI by which another end can ask this host."""
+        self.hooks  # noqa: B018 - raises where the connection is closed
         return self._reply.address or self.uri.render()
 
     async def capabilities(self) -> Capabilities:
@@ -283,7 +285,8 @@ class Connection:
         :raises DomainBusyError: a migration has locked the domain.
         """
         read = parse_definition(definition)
-        (await self.acquire()).require_free(read.uuid, read.name)
+        await self.acquire()
+        self.host.require_free(read.uuid, read.name)
         request = DefinitionRequest(definition=definition, paused=paused, autodestroy=autodestroy)
         info = await self.hooks.call("domain_create", request, DomainInfo)
         return Domain(self, info.name, info.uuid)
@@ -303,9 +306,9 @@ class Connection:
         :raises HypervisorError: the state could not be loaded; the guest did not run.
         :cancellation: nothing is left, until the guest runs.
         """
-        host = await self.acquire()
+        await self.acquire()
         request = RestoreRequest(
-            path=os.fspath(path), paused=paused, definition=definition, admit=host.require_free
+            path=os.fspath(path), paused=paused, definition=definition, admit=self.host.require_free
         )
         info = await self.hooks.call("domain_restore", request, DomainInfo)
         return Domain(self, info.name, info.uuid)
@@ -382,7 +385,8 @@ class Connection:
         :cancellation: between two steps; what was decided stays.
         """
         found = MigrationId(migration_id) if migration_id is not None else None
-        return await (await self.acquire()).resolve(found, testimony)
+        await self.acquire()
+        return await self.host.resolve(found, testimony)
 
     async def hook_lookup(self, request: LookupRequest) -> DomainInfo:
         """Find a domain through the driver, or make the default handle that ``hookspecs`` documents."""
@@ -595,7 +599,8 @@ class Domain:
         return DomainRequest(uuid=self.uuid, name=self.name)
 
     async def _change(self, hook: str, request: object, expects: type[Any]) -> None:
-        (await self.connection.acquire()).require_free(self.uuid, self.name)
+        await self.connection.acquire()
+        self.connection.host.require_free(self.uuid, self.name)
         await self.connection.hooks.call(hook, request, expects)
 
 
@@ -641,7 +646,8 @@ async def _ask_peer(address: str, ask: Callable[[Endpoint], Awaitable[None]]) ->
     if not address:
         raise ConnectError("the other host's address is not known: its papers did not name one")
     async with _peer_connection(address) as connection:
-        await ask(await connection.acquire())
+        await connection.acquire()
+        await ask(connection.host)
 
 
 @asynccontextmanager

@@ -127,7 +127,7 @@ class MigrationJob:
         self.options = options
         self.plan = plan
         self.id: MigrationId | None = None
-        self.timed_out = False
+        self._timed_out = False
         self._shown = plan
         self._tasks: TaskGroup | None = None
         self._result: MigrationResult | None = None
@@ -630,7 +630,7 @@ class MigrationJob:
         try:
             match action:
                 case TimeoutAction.ABORT:
-                    self.timed_out = True
+                    self._timed_out = True
                     self.abort()
                 case TimeoutAction.SUSPEND:
                     # Not by Domain.suspend(), which leaves alone what a migration has locked.
@@ -689,7 +689,7 @@ class MigrationJob:
     def _abort_error(self, phase: Phase | None, side: Side | None) -> MigrationAbortedError:
         return MigrationAbortedError(
             f"the transfer took longer than {self.options.timeout_s:g} s, and was aborted as the options say"
-            if self.timed_out
+            if self._timed_out
             else "the migration was aborted on request",
             phase=phase,
             side=side,
