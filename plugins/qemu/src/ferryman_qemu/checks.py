@@ -320,6 +320,21 @@ def _check_options(request: CheckRequest) -> list[Finding]:
         ),
         (options.zero_copy and not streams, "zero_copy works on streams only", "set streams"),
         (
+            options.zero_copy and (options.migration_uri or "").startswith("unix:"),
+            "the kernel copies what is sent over a unix socket in any case",
+            "leave zero_copy out, or use tcp",
+        ),
+        (
+            (options.xbzrle_cache_bytes or 1).bit_count() > 1,
+            f"QEMU takes a power of two for xbzrle_cache_bytes, which {options.xbzrle_cache_bytes} is not",
+            "give one",
+        ),
+        (
+            (options.throttle_max_percent or 99) < (options.throttle_initial_percent or 20),
+            "the throttle would begin above its own limit",
+            "make throttle_max_percent at least throttle_initial_percent (20 where it is not given)",
+        ),
+        (
             options.zero_copy and (options.tls or options.compression is not None),
             "what is encrypted or compressed is not the guest's own memory any more, so it cannot be sent from there",
             "leave zero_copy out",
