@@ -61,6 +61,7 @@ _SAMPLE_S = 0.25
 
 _FD_NAME = "ferryman-migration"
 _SAMPLE_APART_S = 0.05
+_LOOK_AGAIN_S = 0.002
 _STOPPED_STATES = ("finish-migrate", "postmigrate")
 
 ACTIVE = frozenset(
@@ -378,18 +379,24 @@ class Transfer:
                     with anyio.CancelScope(shield=True):
                         await self._switch_disks()
                 elif status == "postcopy-active":
-                    # Another end overtakes this one where the switch fails, or where little was left to send.
-                    status = await self._status_after_switch()
-                    if status != "active":
-                        return status
+                    with anyio.CancelScope(shield=True):
+                        end = await self._await_switch()
+                    return end
 
-    async def _status_after_switch(self) -> str:
-        """What has come of a switch, by answers that QEMU gives only when it is done with it."""
-        state, info = await self._guest.command_all(Command("query-status"), Command("query-migrate"))
-        status = str(info.get("status"))
-        if status in POSTCOPY:
-            return "switched" if state["status"] in _STOPPED_STATES else "active"
-        return status if status in ("completed", "failed") else "active"
+    async def _await_switch(self) -> str:
+        """Wait until the switch that has begun is over: ``switched``, ``failed``, or ``completed`` already.
+
+        QEMU tells the state a moment before it takes its main lock to stop the guest, and tells nothing when it lets go
+        of the lock; in between it answers nothing.  So the first answer of a guest that is stopped is the end of it.
+        """
+        while True:
+            state, info = await self._guest.command_all(Command("query-status"), Command("query-migrate"))
+            status = str(info.get("status"))
+            if status in ("completed", "failed"):
+                return status
+            if status in POSTCOPY and state["status"] in _STOPPED_STATES:
+                return "switched"
+            await anyio.sleep(_LOOK_AGAIN_S)
 
     async def _prove(self, end: str) -> PerformReply:
         state = await self._guest.run_state()
