@@ -33,6 +33,7 @@ from ferryman.errors import (
     OptionError,
 )
 from ferryman.hookspecs import (
+    AdoptRequest,
     AgentRequest,
     AutostartRequest,
     BootRequest,
@@ -290,6 +291,65 @@ class Connection:
         request = DefinitionRequest(definition=definition, paused=paused, autodestroy=autodestroy)
         info = await self.hooks.call("domain_create", request, DomainInfo)
         return Domain(self, info.name, info.uuid)
+
+    async def attach(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        uuid: str | None = None,
+        pid: int | None = None,
+    ) -> Domain:
+        """Take in a guest that another program has started, by its control socket, as a transient domain.
+
+        So Ferryman migrates what others start: the other program starts a receiver at the destination, too, and brings
+        it with :meth:`attach_receiver`.  The socket must be free; this program alone commands the guest from then on.
+
+        :param path: of the socket, on the host of this connection.
+        :param name: of the domain here; None is what the process says.
+        :param uuid: the same; needed where the process says none.
+        :param pid: of the process; None is who listens at the socket.
+        :raises ConnectError: nothing answers there, or somebody else is connected.
+        :raises DomainExistsError: the name or the uuid belongs to another domain here.
+        """
+        info = await self._adopt(path, name=name, uuid=uuid, pid=pid, receiver=False)
+        return Domain(self, info.name, info.uuid)
+
+    async def attach_receiver(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        uuid: str | None = None,
+        pid: int | None = None,
+    ) -> None:
+        """Take in a process that waits for a guest which :meth:`attach` has taken in at the source.
+
+        It must be the same machine, waiting, and unable to run by itself; the plan compares what can be seen.  It is
+        ended if the migration that uses it fails.  Parameters and errors as :meth:`attach`.
+
+        :raises DomainStateError: it does not wait for a guest, or it would run by itself.
+        """
+        await self._adopt(path, name=name, uuid=uuid, pid=pid, receiver=True)
+
+    async def _adopt(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None,
+        uuid: str | None,
+        pid: int | None,
+        receiver: bool,
+    ) -> DomainInfo:
+        await self.acquire()
+        request = AdoptRequest(
+            path=os.fspath(path),
+            name=name,
+            uuid=DomainUUID(uuid.lower()) if uuid is not None else None,
+            pid=pid,
+            receiver=receiver,
+        )
+        return await self.hooks.call("host_adopt", request, DomainInfo)
 
     async def restore(
         self, path: str | os.PathLike[str], *, paused: bool | None = None, definition: str | None = None

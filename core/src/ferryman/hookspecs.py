@@ -282,6 +282,24 @@ class StatisticsRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdoptRequest:
+    """Take in a hypervisor's process that another program has started.
+
+    :param path: of the control socket, which nobody else may be connected to.
+    :param name: of the domain here; None is what the process says.
+    :param uuid: the same; needed where the process says none.
+    :param pid: of the process; None is who listens at the socket.
+    :param receiver: it waits for a guest to arrive, and is no domain yet.
+    """
+
+    path: str
+    name: str | None = None
+    uuid: DomainUUID | None = None
+    pid: int | None = None
+    receiver: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckRequest:
     """What the plan asks each side before anything moves.
 
@@ -793,6 +811,18 @@ class DriverHooks:
         """Give the counters of several domains at once; one that is gone meanwhile is left out.
 
         Without it the core asks for each by ``domain_statistics``, some at a time.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def host_adopt(self, request: AdoptRequest) -> DomainInfo:
+        """Take in a process that another program has started, as a transient domain or as a receiver for one.
+
+        From then on this driver alone commands it.  Without it: not supported.
+
+        :raises ConnectError: nothing answers at the socket, or somebody else is connected to it.
+        :raises DomainExistsError: the name or the uuid belongs to another domain.
+        :raises DomainStateError: the process is not in a state to be taken in.
         """
         raise NotImplementedError
 

@@ -165,6 +165,29 @@ class Connection:
         make = partial(self._connection.create, definition, paused=paused, autodestroy=autodestroy)
         return Domain(self, self._call(make))
 
+    def attach(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        uuid: str | None = None,
+        pid: int | None = None,
+    ) -> Domain:
+        """See :meth:`ferryman.connection.Connection.attach`."""
+        take = partial(self._connection.attach, path, name=name, uuid=uuid, pid=pid)
+        return Domain(self, self._call(take))
+
+    def attach_receiver(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        uuid: str | None = None,
+        pid: int | None = None,
+    ) -> None:
+        """See :meth:`ferryman.connection.Connection.attach_receiver`."""
+        self._call(partial(self._connection.attach_receiver, path, name=name, uuid=uuid, pid=pid))
+
     def restore(
         self, path: str | os.PathLike[str], *, paused: bool | None = None, definition: str | None = None
     ) -> Domain:

@@ -17,14 +17,14 @@ from ferryman.hookspecs import (
     hookimpl,
 )
 from ferryman.types import (
-    Compression,
     Finding,
-    FindingSeverity,
     MigrationOptions,
     Side,
     StorageCopy,
 )
 from ferryman.uri import MigrationURI
+from ferryman_qemu.attached import ATTACHED, check_attached, check_receiver
+from ferryman_qemu.findings import blocker, check_options
 from ferryman_qemu.guest import Guest
 from ferryman_qemu.host import QemuHost
 from ferryman_qemu.machine import (
@@ -46,7 +46,7 @@ from ferryman_qemu.storage import (
     wanted_copies,
 )
 from ferryman_qemu.tls import Credentials, find_credentials
-from ferryman_qemu.transfer import ACTIVE, streams_of
+from ferryman_qemu.transfer import ACTIVE
 
 if TYPE_CHECKING:
     pass
@@ -62,13 +62,18 @@ class CheckHooks(QemuHost):
     async def migrate_check(self, request: CheckRequest) -> CheckReply:
         if request.side is Side.SOURCE:
             return await self._check_source(request)
+        if ATTACHED in request.facts:
+            return await check_receiver(self._offered.get(request.domain.uuid), request)
         return self._check_destination(request)
 
     async def _check_source(self, request: CheckRequest) -> CheckReply:
-        machine = read_pinned(request.definition)
+        # The source's own: what the options change for the destination is not here.
+        machine = read_pinned(request.source_definition or request.definition)
         guest = self._guests.get(request.domain.uuid)
+        if guest is not None and guest.record.attached:
+            return await check_attached(guest, request, await self._check_guest(guest, machine))
         findings = await self._check_guest(guest, machine) if guest is not None else []
-        findings += _check_options(request)
+        findings += check_options(request)
         facts = await learn_facts(guest, machine)
         emulator = self._running(guest)
         cpu = emulator.cpu(machine.cpu.model, machine.cpu.features, accelerated=machine.accelerated)
@@ -91,14 +96,14 @@ class CheckHooks(QemuHost):
         status = state["status"]
         if status in ("guest-panicked", "internal-error", "io-error", "shutdown"):
             findings.append(
-                _blocker(
+                blocker(
                     "guest-state", Side.SOURCE, f"the guest is in the state {status}", "reset or restart it"
                 )
             )
         if status == "postmigrate":
             # QEMU 7.2 migration/migration.c, migrate_prepare.
             findings.append(
-                _blocker(
+                blocker(
                     "guest-state",
                     Side.SOURCE,
                     "the guest is paused since an earlier migration, and QEMU sends it only after it has run again",
@@ -110,7 +115,7 @@ class CheckHooks(QemuHost):
         safe = emulator.migratable_memory(memory, accelerated=machine.accelerated)
         if status == "running" and safe != memory:
             findings.append(
-                _blocker(
+                blocker(
                     "writes-lost",
                     Side.SOURCE,
                     f"QEMU {dotted(emulator.version)} without KVM loses writes of a running guest whose memory"
@@ -120,7 +125,7 @@ class CheckHooks(QemuHost):
             )
         if info.get("status") in ACTIVE:
             findings.append(
-                _blocker(
+                blocker(
                     "job-active",
                     Side.SOURCE,
                     "QEMU is sending this guest already",
@@ -128,7 +133,7 @@ class CheckHooks(QemuHost):
                 )
             )
         findings.extend(
-            _blocker("device-unmigratable", Side.SOURCE, str(reason), "remove the device")
+            blocker("device-unmigratable", Side.SOURCE, str(reason), "remove the device")
             for reason in info.get("blocked-reasons") or ()
         )
         return findings
@@ -140,11 +145,11 @@ class CheckHooks(QemuHost):
             machine = read_pinned(request.definition)
         except DefinitionError as error:
             return CheckReply(
-                findings=(_blocker("definition-unknown", side, error.message, "change the definition"),)
+                findings=(blocker("definition-unknown", side, error.message, "change the definition"),)
             )
         if machine.machine not in self._emulator.machines:
             findings.append(
-                _blocker(
+                blocker(
                     "machine-unknown",
                     side,
                     f"QEMU {dotted(self._emulator.version)} has no machine type {machine.machine}",
@@ -153,7 +158,7 @@ class CheckHooks(QemuHost):
             )
         if machine.accelerated and not self._emulator.kvm:
             findings.append(
-                _blocker(
+                blocker(
                     "accelerator-missing",
                     side,
                     "the guest runs with KVM, which does not work there",
@@ -166,7 +171,7 @@ class CheckHooks(QemuHost):
         available = _available_bytes()
         if available is not None and available < request.domain.memory_bytes:
             findings.append(
-                _blocker(
+                blocker(
                     "memory-short",
                     side,
                     f"the guest has {request.domain.memory_bytes} bytes of memory and the host has {available} free",
@@ -176,13 +181,13 @@ class CheckHooks(QemuHost):
         for path in boot_paths(machine):
             if not os.access(path, os.R_OK):
                 findings.append(
-                    _blocker("file-missing", side, f"{path} cannot be read there", "copy it there")
+                    blocker("file-missing", side, f"{path} cannot be read there", "copy it there")
                 )
         try:
             findings += check_disks(request, machine)
         except HypervisorError as error:
             findings.append(
-                _blocker("storage-copy", Side.SOURCE, error.message, "install the same version on both hosts")
+                blocker("storage-copy", Side.SOURCE, error.message, "install the same version on both hosts")
             )
         return CheckReply(findings=tuple(findings))
 
@@ -192,7 +197,7 @@ class CheckHooks(QemuHost):
         findings = []
         if options.postcopy is not None and (reason := _page_faults_refused()):
             findings.append(
-                _blocker(
+                blocker(
                     "postcopy-forbidden",
                     Side.DESTINATION,
                     f"the kernel there does not let QEMU wait for pages (userfaultfd: {reason})",
@@ -209,7 +214,7 @@ class CheckHooks(QemuHost):
         mine = _kind_of(here)
         if theirs != mine:
             return [
-                _blocker(
+                blocker(
                     "tls-mismatch",
                     None,
                     f"the source has {theirs or 'no credentials'} for TLS, and the destination {mine or 'none'}",
@@ -220,7 +225,7 @@ class CheckHooks(QemuHost):
         uri = MigrationURI.parse(options.migration_uri) if options.migration_uri is not None else None
         if mine == _CERTIFICATES and options.tls_name is None and uri is not None and uri.protocol == "unix":
             return [
-                _blocker(
+                blocker(
                     "tls-name-missing",
                     None,
                     "a unix socket has no host name that the destination's certificate could bear",
@@ -233,7 +238,7 @@ class CheckHooks(QemuHost):
         here = self._emulator.cpu(machine.cpu.model, machine.cpu.features, accelerated=machine.accelerated)
         if here is None:
             return [
-                _blocker(
+                blocker(
                     "cpu-unknown",
                     Side.DESTINATION,
                     f"QEMU {dotted(self._emulator.version)} has no CPU model {machine.cpu.model}",
@@ -243,7 +248,7 @@ class CheckHooks(QemuHost):
         if told in ("", here):
             return []
         return [
-            _blocker(
+            blocker(
                 "cpu-differs",
                 Side.DESTINATION,
                 f"the guest's CPU is {told}, and there it would be {here}",
@@ -269,7 +274,7 @@ def _check_same_machine(request: CheckRequest, machine: Machine) -> list[Finding
     if not changed:
         return []
     return [
-        _blocker(
+        blocker(
             "machine-differs",
             Side.DESTINATION,
             f"the definition for the destination is another machine to the guest: {', '.join(changed)}",
@@ -292,77 +297,6 @@ def _page_faults_refused() -> str:
     return ""
 
 
-def _check_options(request: CheckRequest) -> list[Finding]:
-    """Options that QEMU takes and that do not go together; seen on 7.2 where nothing else is said."""
-    options = request.options
-    streams = streams_of(options)
-    clashes = [
-        (
-            streams and options.postcopy is not None,
-            "post-copy over several streams ends the destination's QEMU at the end",
-            "leave streams out, or postcopy",
-        ),
-        (
-            streams and options.compression is Compression.XBZRLE,
-            "XBZRLE works on a transfer over one connection",
-            "leave streams out, or use ZLIB or ZSTD",
-        ),
-        (
-            streams and options.tls,
-            "while the streams are being encrypted QEMU waits for the network, and a network that is cut then would"
-            " stop the guest",
-            "leave streams out, or tls",
-        ),
-        (
-            options.copy_storage is not None and options.postcopy is not None,
-            "a disk that is copied must be whole before the guest runs on it",
-            "leave copy_storage out, or postcopy",
-        ),
-        (options.zero_copy and not streams, "zero_copy works on streams only", "set streams"),
-        (
-            options.zero_copy and (options.migration_uri or "").startswith("unix:"),
-            "the kernel copies what is sent over a unix socket in any case",
-            "leave zero_copy out, or use tcp",
-        ),
-        (
-            (options.xbzrle_cache_bytes or 1).bit_count() > 1,
-            f"QEMU takes a power of two for xbzrle_cache_bytes, which {options.xbzrle_cache_bytes} is not",
-            "give one",
-        ),
-        (
-            (options.throttle_max_percent or 99) < (options.throttle_initial_percent or 20),
-            "the throttle would begin above its own limit",
-            "make throttle_max_percent at least throttle_initial_percent (20 where it is not given)",
-        ),
-        (
-            options.zero_copy and (options.tls or options.compression is not None),
-            "what is encrypted or compressed is not the guest's own memory any more, so it cannot be sent from there",
-            "leave zero_copy out",
-        ),
-    ]
-    findings = [
-        _blocker("options-conflict", Side.SOURCE, message, remedy)
-        for clash, message, remedy in clashes
-        if clash
-    ]
-    if options.postcopy is not None:
-        findings.append(
-            Finding(
-                code="postcopy-risk",
-                severity=FindingSeverity.WARNING,
-                side=None,
-                message="once the guest has switched to post-copy it is lost if either host is lost, or the network"
-                " between them for good",
-                remedy="leave postcopy out if the guest must survive that",
-            )
-        )
-    return findings
-
-
-def _blocker(code: str, side: Side | None, message: str, remedy: str) -> Finding:
-    return Finding(code=code, severity=FindingSeverity.BLOCKER, side=side, message=message, remedy=remedy)
-
-
 def check_disks(request: CheckRequest, machine: Machine) -> list[Finding]:
     """See whether every disk is here, is to be copied and can be, or would be another one."""
     options = request.options
@@ -370,7 +304,7 @@ def check_disks(request: CheckRequest, machine: Machine) -> list[Finding]:
     try:
         copies = {disk.target for disk in wanted_copies(options, machine, told)}
     except HypervisorError as error:
-        return [_blocker("storage-copy", Side.DESTINATION, error.message, "change the option copy_disks")]
+        return [blocker("storage-copy", Side.DESTINATION, error.message, "change the option copy_disks")]
     findings: list[Finding] = []
     for disk in machine.disks:
         if disk.source is None or disk.source.kind == "nbd":
@@ -387,7 +321,7 @@ def _check_shared(path: str, told: list[str | int] | None) -> list[Finding]:
     here = identify(path)
     if here is None or not os.access(path, os.R_OK):
         return [
-            _blocker(
+            blocker(
                 "storage-missing",
                 Side.DESTINATION,
                 f"{path} cannot be read there",
@@ -396,7 +330,7 @@ def _check_shared(path: str, told: list[str | int] | None) -> list[Finding]:
         ]
     if not is_same(path, here, told):
         return [
-            _blocker(
+            blocker(
                 "storage-not-shared",
                 Side.DESTINATION,
                 f"{path} there is another file than at the source",
@@ -414,7 +348,7 @@ def _check_copy(disk: Disk, facts: DiskFacts, options: MigrationOptions) -> list
         return _check_device(path, facts)
     if os.path.lexists(path):
         return [
-            _blocker(
+            blocker(
                 "storage-exists",
                 side,
                 f"{path} is there already, and nothing is copied over it",
@@ -424,14 +358,14 @@ def _check_copy(disk: Disk, facts: DiskFacts, options: MigrationOptions) -> list
     directory = os.path.dirname(path)
     if not os.access(directory, os.W_OK | os.X_OK):
         return [
-            _blocker("storage-missing", side, f"{directory} cannot be written there", "make it, or allow it")
+            blocker("storage-missing", side, f"{directory} cannot be written there", "make it, or allow it")
         ]
     findings = []
     space = os.statvfs(directory)
     free = space.f_bavail * space.f_frsize
     if free < facts.allocated_bytes:
         findings.append(
-            _blocker(
+            blocker(
                 "storage-short",
                 side,
                 f"the disk {disk.target} takes {facts.allocated_bytes} bytes, and {directory} has {free} free",
@@ -442,7 +376,7 @@ def _check_copy(disk: Disk, facts: DiskFacts, options: MigrationOptions) -> list
         findings += _check_base(disk, facts)
     if disk.format != "raw" and shutil.which("qemu-img") is None:
         findings.append(
-            _blocker(
+            blocker(
                 "program-missing",
                 side,
                 "qemu-img is not installed there",
@@ -455,7 +389,7 @@ def _check_copy(disk: Disk, facts: DiskFacts, options: MigrationOptions) -> list
 def _check_base(disk: Disk, facts: DiskFacts) -> list[Finding]:
     if not facts.backing or disk.format != "qcow2":
         return [
-            _blocker(
+            blocker(
                 "storage-copy",
                 Side.SOURCE,
                 f"the disk {disk.target} stands on no base image, so there is no top to copy alone",
@@ -464,7 +398,7 @@ def _check_base(disk: Disk, facts: DiskFacts) -> list[Finding]:
         ]
     if not os.access(facts.backing, os.R_OK):
         return [
-            _blocker(
+            blocker(
                 "storage-missing",
                 Side.DESTINATION,
                 f"the base image {facts.backing} of the disk {disk.target} cannot be read there",
@@ -479,9 +413,7 @@ def _check_device(path: str, facts: DiskFacts) -> list[Finding]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         return [
-            _blocker(
-                "storage-missing", Side.DESTINATION, f"{path} there: {error.strerror}", "make the device"
-            )
+            blocker("storage-missing", Side.DESTINATION, f"{path} there: {error.strerror}", "make the device")
         ]
     try:
         size = os.lseek(descriptor, 0, os.SEEK_END)
@@ -489,7 +421,7 @@ def _check_device(path: str, facts: DiskFacts) -> list[Finding]:
         os.close(descriptor)
     if size != facts.size_bytes:
         return [
-            _blocker(
+            blocker(
                 "storage-copy",
                 Side.DESTINATION,
                 f"{path} has {size} bytes there, and the disk {facts.size_bytes}",

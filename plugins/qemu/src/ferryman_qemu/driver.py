@@ -29,6 +29,7 @@ from ferryman.types import (
     FindingSeverity,
     Side,
 )
+from ferryman_qemu.attached import AttachHooks
 from ferryman_qemu.checks import CheckHooks
 from ferryman_qemu.domains import DomainHooks
 from ferryman_qemu.guest import Guest
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 _STARTED_AT_ONCE = 4
 
 
-class QemuDriver(DomainHooks, SaveHooks, LookHooks, CheckHooks, MigrationHooks):
+class QemuDriver(AttachHooks, DomainHooks, SaveHooks, LookHooks, CheckHooks, MigrationHooks):
     """Driver of the scheme ``qemu``."""
 
     @hookimpl

@@ -58,14 +58,16 @@ class Guest:
         log: Path,
         ended: Callable[[Guest, str, str], None],
         happened: Callable[[Guest, Event], None],
+        greeting_s: float | None = None,
     ) -> None:
         self.record = record
         self.run = run
         self.process = process
-        self.control = Monitor(stream, name=record.name, heard=self._heard)
+        self.control = Monitor(stream, name=record.name, heard=self._heard, greeting_timeout_s=greeting_s)
         self.running = False
         self.stopped_at: float | None = None
         self.lock = anyio.Lock()
+        self._watching = anyio.CancelScope()
         self.loaded = anyio.Event()
         self.listening = anyio.Event()
         self.incoming_failed = ""
@@ -173,7 +175,7 @@ class Guest:
             clean_up(run, record)
             return None
         try:
-            stream = await run.connect("control")
+            stream = await run.connect_control(record)
         except OSError as error:
             process.close()
             raise HypervisorError(
@@ -198,6 +200,43 @@ class Guest:
         return guest
 
     @classmethod
+    async def adopt(
+        cls,
+        record: GuestRecord,
+        run: RunDirectory,
+        process: Process,
+        stream: anyio.abc.UNIXSocketStream,
+        *,
+        log: Path,
+        tasks: TaskGroup,
+        ended: Callable[[Guest, str, str], None],
+        happened: Callable[[Guest, Event], None],
+    ) -> Guest:
+        """Take in a process that somebody else has started.
+
+        :raises HypervisorError: it does not answer; it goes on, and nothing of it is left here.
+        """
+        guest = cls(
+            record=record,
+            run=run,
+            process=process,
+            stream=stream,
+            log=log,
+            ended=ended,
+            happened=happened,
+            greeting_s=_QUIT_S,
+        )
+        try:
+            await tasks.start(guest.control.run)
+            guest.running = await guest.run_state() == "running"
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await guest.control.aclose()
+            raise
+        tasks.start_soon(guest._watch_process)
+        return guest
+
+    @classmethod
     async def look_on(
         cls, run: RunDirectory, *, log: Callable[[str], Path], tasks: TaskGroup
     ) -> Guest | None:
@@ -208,8 +247,10 @@ class Guest:
         :raises HypervisorError: it does not answer, since a third program looks on at this moment.
         """
         record = run.read()
-        process = Process.find(record.identity) if record is not None else None
-        if record is None or process is None:
+        if record is None or record.attached:
+            return None  # an attached one has only the monitor that the other program holds
+        process = Process.find(record.identity)
+        if process is None:
             return None
         try:
             stream = await run.connect("read")
@@ -236,10 +277,20 @@ class Guest:
         finally:
             self.process.close()
 
+    async def let_go(self) -> None:
+        """Forget a process that was adopted; it goes on."""
+        self._watching.cancel()
+        await self.control.aclose()
+        self.process.close()
+        self.run.remove()
+
     # Watching
 
     async def _watch_process(self) -> None:
-        await self.process.wait()
+        with self._watching:
+            await self.process.wait()
+        if self._watching.cancelled_caught:
+            return
         with anyio.CancelScope(shield=True):
             await self.control.aclose()
         self.process.close()

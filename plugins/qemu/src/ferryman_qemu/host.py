@@ -78,6 +78,7 @@ class QemuHost:
         self._defined: dict[DomainUUID, str] = {}
         self._guests: dict[DomainUUID, Guest] = {}
         self._receivers: dict[MigrationId, Guest] = {}
+        self._offered: dict[DomainUUID, Guest] = {}
         self._expected: dict[MigrationId, Expected] = {}
         self._reserved: dict[DomainUUID, str] = {}
         self._look_lock = anyio.Lock()
@@ -133,7 +134,9 @@ class QemuHost:
             raise failures[0]
 
     def _take(self, guest: Guest) -> None:
-        if guest.record.migration:
+        if guest.record.offered:
+            self._offered[DomainUUID(guest.record.uuid)] = guest
+        elif guest.record.migration:
             self._receivers[MigrationId(guest.record.migration)] = guest
         else:
             self._guests[DomainUUID(guest.record.uuid)] = guest
@@ -145,6 +148,9 @@ class QemuHost:
         if guest.record.migration:
             self._receivers.pop(MigrationId(guest.record.migration), None)
             return
+        if guest.record.offered:
+            self._offered.pop(uuid, None)
+            return
         if guest.record.restoring:
             return
         if self._guests.get(uuid) is guest:
@@ -152,7 +158,7 @@ class QemuHost:
         self._tell(DomainEventKind(ending), guest.record.name, uuid, detail)
 
     def _guest_event(self, guest: Guest, event: Event) -> None:
-        if guest.record.migration or guest.record.restoring:
+        if guest.record.migration or guest.record.restoring or guest.record.offered:
             return
         kind = _EVENTS.get(event.name)
         if event.name == "VSERPORT_CHANGE" and event.data.get("id") == self._agent_port(guest):

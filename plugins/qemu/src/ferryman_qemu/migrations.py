@@ -66,6 +66,7 @@ from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, Mon
 from ferryman_qemu.storage import (
     abandon_copies,
     decode_facts,
+    disks_socket,
     encode_facts,
     end_export,
     export_disks,
@@ -129,6 +130,8 @@ class MigrationHooks(QemuHost):
         if request.options.copy_storage is not None:
             facts = await learn_facts(guest, read_pinned(guest.record.definition))
             cookie["disks"] = encode_facts(facts)
+        if guest.record.attached:
+            cookie["attached"] = "yes"
         return BeginReply(
             definition=guest.record.definition,
             paused=status["status"] != "running",
@@ -310,12 +313,13 @@ class MigrationHooks(QemuHost):
                     guest.record.name,
                 )
                 self._take_in(guest)
+                keep_targets(self._root, migration_id)
             else:
                 await self._discard(guest)
         for migration_id in map(MigrationId, stray_targets(self._root)):
             if migration_id not in request.known:
                 # Made before the migration was written down, so nobody has ever heard of it.
-                remove_targets(self._root, migration_id)
+                self._remove_targets(migration_id)
 
     async def _runs(self, guest: Guest) -> bool:
         try:
@@ -358,7 +362,10 @@ class MigrationHooks(QemuHost):
         try:
             listen, propose = _listen_uri(request)
             if listen.startswith("unix:"):
-                _require_free(listen.removeprefix("unix:"))
+                path = listen.removeprefix("unix:")
+                _require_free(path)
+                if request.options.copy_storage is not None:
+                    _require_free(disks_socket(path))
             machine = self._arriving(request)
         except (DefinitionError, DomainExistsError) as error:
             raise PrepareError(error.message, side=Side.DESTINATION) from error
@@ -372,7 +379,7 @@ class MigrationHooks(QemuHost):
         except BaseException as error:
             self._reserved.pop(request.uuid, None)
             if copies:
-                remove_targets(self._root, request.id)
+                self._remove_targets(request.id)
             if isinstance(error, HypervisorError):
                 raise PrepareError(error.message, side=Side.DESTINATION) from error
             raise
@@ -395,19 +402,31 @@ class MigrationHooks(QemuHost):
                 guest.write(replace(guest.record, exports=True))
                 place, ports = MigrationURI.parse(uri), request.options.port_range
                 cookie["disks"] = await export_disks(
-                    guest, copies, place, ports=ports, tls=request.options.tls
+                    guest,
+                    copies,
+                    place,
+                    address=request.options.listen_address,
+                    ports=ports,
+                    tls=request.options.tls,
                 )
                 cookie["copied"] = ",".join(disk.target for disk in copies)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await self._discard(guest)
-                remove_targets(self._root, request.id)
+                self._remove_targets(request.id)
             if isinstance(error, HypervisorError):
                 raise PrepareError(
                     f"the receiver cannot listen at {listen}: {error.message}", side=Side.DESTINATION
                 ) from error
             raise
         return PrepareReply(migration_uri=uri, process=guest.process.identity, cookie=cookie)
+
+    def _remove_targets(self, migration_id: MigrationId) -> None:
+        """Remove files of a migration that has failed already; what cannot be removed now is at the next opening."""
+        try:
+            remove_targets(self._root, migration_id)
+        except HypervisorError as error:
+            _log.warning("%s", error.message)
 
     async def _with_targets(self, machine: Machine, request: PrepareRequest) -> tuple[Machine, list[Disk]]:
         """Make the files of disks that are copied.
@@ -435,7 +454,9 @@ class MigrationHooks(QemuHost):
         return machine
 
     async def _receiver(self, machine: Machine, request: PrepareRequest) -> Guest:
-        """Start the process of a receiver, or take the one that was started ahead."""
+        """Start the process of a receiver, or take the one that was started ahead, or that was brought."""
+        if request.cookie.get("attached"):
+            return self._brought(request)
         expected = self._expected.pop(request.id, None)
         if expected is not None:
             await expected.started.wait()
@@ -446,11 +467,24 @@ class MigrationHooks(QemuHost):
                 await guest.kill()
         return await self._spawn(machine, persistent=request.options.persist, migration=request.id)
 
+    def _brought(self, request: PrepareRequest) -> Guest:
+        """Take the receiver that another program has started. :raises PrepareError: there is none."""
+        guest = self._offered.pop(request.uuid, None)
+        if guest is None:
+            raise PrepareError(
+                f"no receiver was attached for domain {request.name}, which another program has started",
+                side=Side.DESTINATION,
+            )
+        guest.write(replace(guest.record, offered=False, migration=request.id))
+        return guest
+
     @hookimpl
     async def migrate_expect(self, request: ExpectRequest) -> None:
         machine = self._arriving(request)
         if request.uuid in self._guests or request.uuid in self._reserved:
             return
+        if request.uuid in self._offered:
+            return  # it was started already
         if request.options.copy_storage is not None:
             return  # its disks are not there yet
         expected = self._expected[request.id] = Expected()

@@ -46,6 +46,12 @@ def _start_time(pid: int) -> str | None:
     return fields[_START_TIME_FIELD - 2]
 
 
+def identity_of(pid: int) -> str | None:
+    """Identity of a live process; None for one that is gone."""
+    start = _start_time(pid)
+    return f"{boot_id()}:{pid}:{start}" if start is not None else None
+
+
 class Process:
     """One live process, ours or inherited from an earlier program."""
 

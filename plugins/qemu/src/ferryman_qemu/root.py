@@ -57,6 +57,8 @@ class GuestRecord:
     :param migration: id of the migration that this process receives; '' for a domain.
     :param identity: boot id, pid and start time.
     :param socket: unix socket that the receiver listens on; QEMU removes it unless it is killed.
+    :param attached: control socket of a process that another program has started; '' for one of ours.
+    :param offered: such a process waits for a guest, and no migration has asked for it yet.
     :param taps: names of the taps that were made for the process, by the alias of their interface.
     :param listen: post-copy: migration URI where the receiver waited, and waits again when the stream breaks.
     :param exports: the source writes disks of the receiver, until the guest runs on them.
@@ -78,6 +80,8 @@ class GuestRecord:
     socket: str = ""
     listen: str = ""
     exports: bool = False
+    attached: str = ""
+    offered: bool = False
     log_begin: int = 0
     taps: dict[str, str] = field(default_factory=dict)
     autodestroy: bool = False
@@ -296,6 +300,10 @@ class RunDirectory:
             listener.close()
             raise
         return listener
+
+    async def connect_control(self, record: GuestRecord) -> anyio.abc.UNIXSocketStream:
+        """Connect to the monitor that changes the process's state. :raises OSError: nobody listens."""
+        return await connect_unix(Path(record.attached) if record.attached else self.path / "control")
 
     async def connect(self, name: str) -> anyio.abc.UNIXSocketStream:
         """Connect to a monitor, or to a channel. :raises OSError: nobody listens."""
