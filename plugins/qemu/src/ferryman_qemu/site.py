@@ -176,7 +176,8 @@ class LocalSite:
         taps = [self._open_tap(interface, multiple=queues > 1)]
         taps += [self._open_tap(interface, multiple=True) for _ in range(queues - 1)]
         vhosts = []
-        if interface.backend == "vhost" or (interface.backend == "" and self._vhost):
+        wanted = interface.backend == "vhost" or (interface.backend == "" and self._vhost)
+        if wanted and interface.model.startswith("virtio"):
             vhosts = [self._open("/dev/vhost-net") for _ in range(queues)]
         return taps, vhosts
 

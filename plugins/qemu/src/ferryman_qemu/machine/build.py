@@ -23,6 +23,7 @@ from ferryman_qemu.machine.model import (
     Graphics,
     Input,
     Interface,
+    ISAAddress,
     Machine,
     Panic,
     PCIAddress,
@@ -147,6 +148,8 @@ def _machine(machine: Machine, site: Site, line: CommandLine) -> None:
         "acpi": on_off(features.acpi),
         "vmport": _maybe(features.vmport),
         "smm": _maybe(features.smm),
+        # SeaBIOS shows itself on the first serial port then.
+        "graphics": "off" if machine.boot.serial else "",
         "mem-merge": "" if machine.memory.merge else "off",
     }
     options |= _firmware(machine, site, line)
@@ -300,8 +303,6 @@ def _boot(machine: Machine, line: CommandLine) -> None:
     if boot.reboot_timeout_ms is not None:
         values.append(f"reboot-timeout={boot.reboot_timeout_ms}")
     line.option("boot", *values, "strict=on")
-    if boot.serial:
-        line.option("device", "sga")
     if boot.kernel:
         # Paths stand as they are: only a multiboot kernel takes a comma-separated list here.
         line.argv += ["-kernel", boot.kernel]
@@ -321,7 +322,7 @@ _BOOT_CLASSES = {
 
 def _boot_index(machine: Machine, device: Device) -> int | None:
     """Place of a device in the order of what is started from: the first of each class that <boot dev> names."""
-    if device.boot_order is not None or machine.boot.kernel:
+    if device.boot_order is not None or machine.boot.kernel or machine.boots_by_device:
         return device.boot_order
     for number, name in enumerate(machine.boot.devices or ("hd",), start=1):
         first = next((d for d in machine.devices if _BOOT_CLASSES[name](d)), None)
@@ -347,6 +348,9 @@ def _place(machine: Machine, device: Device) -> dict[str, Any]:
             return {"bus": f"{_controller_id(machine, 'usb', bus)}.0", "port": port}
         case PortAddress(controller=index, port=port):
             return {"bus": f"{_controller_id(machine, 'virtio-serial', index)}.0", "nr": port}
+        case ISAAddress(iobase=iobase, irq=irq):
+            where = {"ioport" if isinstance(device, Panic) else "iobase": iobase, "irq": irq}
+            return {name: number for name, number in where.items() if number is not None}
     return {}
 
 
@@ -363,7 +367,7 @@ def _controller_id(machine: Machine, kind: str, index: int) -> str:
 def _common(machine: Machine, device: Device, driver: str) -> dict[str, Any]:
     values: dict[str, Any] = {"driver": driver, "id": device.alias, **_place(machine, device)}
     index = _boot_index(machine, device) if isinstance(device, Disk | Interface | Redirection) else None
-    if index is not None:
+    if index is not None and driver != "floppy":
         values["bootindex"] = index
     if device.rom_bar is not None:
         values["rombar"] = int(device.rom_bar)
@@ -378,9 +382,17 @@ def _virtio(model: str, name: str) -> str:
 
 
 def _in_order(controllers: Sequence[Controller]) -> list[Controller]:
-    """Buses before what is behind them: PCI by its numbers, and companions after their master."""
+    """Buses before what is behind them: PCI by its depth, and companions after their master."""
+    parents = {
+        c.index: c.address.bus for c in controllers if c.kind == "pci" and isinstance(c.address, PCIAddress)
+    }
+
+    def depth(index: int) -> int:
+        return 0 if index == 0 else 1 + depth(parents[index])
+
     return sorted(
-        controllers, key=lambda c: (c.kind != "pci", c.index if c.kind == "pci" else 0, c.master is not None)
+        controllers,
+        key=lambda c: (c.kind != "pci", depth(c.index) if c.kind == "pci" else 0, c.master is not None),
     )
 
 
@@ -441,6 +453,10 @@ def _device(machine: Machine, device: Device, site: Site, line: CommandLine) -> 
             for node in disk_nodes(device):
                 line.json("blockdev", node)
             line.json("device", disk_device(machine, device))
+            index = _boot_index(machine, device) if device.bus == "fdc" else None
+            if index is not None and isinstance(device.address, DriveAddress):
+                # The controller knows which of its drives is started from.
+                line.option("global", f"isa-fdc.bootindex{'AB'[device.address.unit]}={index}")
         case Interface():
             line.json("netdev", network_backend(device, *site.tap(device)))
             line.json("device", network_device(machine, device))
@@ -457,7 +473,7 @@ def _device(machine: Machine, device: Device, site: Site, line: CommandLine) -> 
         case Random():
             _random(machine, device, line)
         case Balloon():
-            values = _common(machine, device, "virtio-balloon-pci")
+            values = _common(machine, device, _virtio(device.model, "balloon"))
             values |= {"deflate-on-oom": True} if device.deflate_on_oom else {}
             values |= {"free-page-reporting": True} if device.free_page_reporting else {}
             line.json("device", values)
@@ -468,6 +484,8 @@ def _device(machine: Machine, device: Device, site: Site, line: CommandLine) -> 
                     "value": device.statistics_period_s,
                 }
                 line.prelude.append(("qom-set", setting))
+        case Watchdog(model="itco"):
+            line.option("global", "ICH9-LPC.noreboot=off")
         case Watchdog():
             line.json("device", _common(machine, device, device.model))
         case Input():
@@ -478,8 +496,9 @@ def _device(machine: Machine, device: Device, site: Site, line: CommandLine) -> 
             line.json("device", {**_common(machine, device, device.model), "tpmdev": f"dev-{device.alias}"})
         case Panic(model=model):
             line.json("device", _common(machine, device, "pvpanic-pci" if model == "pvpanic" else "pvpanic"))
-        case Vsock(cid=cid):
-            line.json("device", {**_common(machine, device, "vhost-vsock-pci"), "guest-cid": cid})
+        case Vsock(cid=cid, model=model):
+            driver = _virtio(model, "vsock").replace("virtio-", "vhost-", 1)
+            line.json("device", {**_common(machine, device, driver), "guest-cid": cid})
         case Redirection():
             _character(device.alias, device.character, "usbredir", site, line)
             line.json("device", {**_common(machine, device, "usb-redir"), "chardev": f"char-{device.alias}"})
@@ -722,7 +741,6 @@ def _video(machine: Machine, video: Video, line: CommandLine) -> None:
         "qxl": "qxl-vga" if video.primary else "qxl",
         "virtio": "virtio-vga" if video.primary else "virtio-gpu-pci",
         "bochs": "bochs-display",
-        "ramfb": "ramfb",
     }
     if video.model == "none":
         return
@@ -730,9 +748,11 @@ def _video(machine: Machine, video: Video, line: CommandLine) -> None:
     if video.model == "qxl":
         sizes = {"ram_size": video.ram_kib, "vram_size": video.vram_kib}
         values |= {name: size * 1024 for name, size in sizes.items() if size is not None}
+        if video.vram64_kib is not None:
+            values["vram64_size_mb"] = video.vram64_kib // 1024
     megabytes = video.vgamem_kib if video.model == "qxl" else video.vram_kib
     if megabytes is not None and video.model in ("vga", "cirrus", "vmvga", "qxl"):
-        values["vgamem_mb"] = max(1, megabytes // 1024)
+        values["vgamem_mb"] = megabytes // 1024
     if video.model == "bochs" and video.vram_kib is not None:
         values["vgamem"] = video.vram_kib * 1024
     if video.heads is not None and video.model in ("qxl", "virtio"):
@@ -760,7 +780,6 @@ def _sound(machine: Machine, sound: Sound, line: CommandLine) -> None:
         "ac97": "AC97",
         "es1370": "ES1370",
         "sb16": "sb16",
-        "usb": "usb-audio",
     }
     values = _common(machine, sound, drivers[sound.model])
     if sound.model not in ("ich6", "ich9"):
@@ -788,7 +807,7 @@ def _random(machine: Machine, random: Random, line: CommandLine) -> None:
     if random.path:
         backend["filename"] = random.path
     line.json("object", backend)
-    values = {**_common(machine, random, "virtio-rng-pci"), "rng": f"obj-{random.alias}"}
+    values = {**_common(machine, random, _virtio(random.model, "rng")), "rng": f"obj-{random.alias}"}
     if random.rate_bytes is not None:
         values |= {"max-bytes": random.rate_bytes, "period": random.period_ms or 1000}
     line.json("device", values)

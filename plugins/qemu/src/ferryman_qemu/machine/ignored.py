@@ -11,6 +11,7 @@ IGNORED: dict[str, str] = {
     "resource": "groups of processes (cgroups) are managed by whoever calls",
     "features/apic": "every machine of these types has an APIC",
     "features/pae": "the CPU model says it",
+    "cpu/vendor": "the CPU model says it; with KVM every guest sees the host's",
     "features/hap": "QEMU uses it where the processor has it",
     "devices/*/seclabel": "as <seclabel> of the domain",
     "devices/*/source/seclabel": "as <seclabel> of the domain",

@@ -52,7 +52,15 @@ class PortAddress:
     port: int
 
 
-Address = PCIAddress | DriveAddress | USBAddress | PortAddress
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ISAAddress:
+    """Ports and interrupt of an ISA device; None is the usual one."""
+
+    iobase: int | None = None
+    irq: int | None = None
+
+
+Address = PCIAddress | DriveAddress | USBAddress | PortAddress | ISAAddress
 
 
 # Devices
@@ -183,7 +191,7 @@ class Interface(Device):
 class Character:
     """What is at the host's end of a port.
 
-    :param kind: pty, unix, tcp, udp, file, dev, pipe, null, spicevmc or qemu-vdagent.
+    :param kind: pty, unix, tcp, file, dev, pipe, null, spicevmc or qemu-vdagent.
     :param listen: QEMU listens instead of connecting.
     :param path: '' for a unix socket that is made beside the process.
     """
@@ -206,7 +214,7 @@ class Port(Device):
     """A serial port, a parallel port, a console or a channel.
 
     :param kind: serial, parallel, console or channel.
-    :param model: isa-serial, pci-serial, usb-serial, isa-parallel, virtconsole or virtserialport.
+    :param model: isa-serial, pci-serial, isa-parallel, virtconsole or virtserialport.
     :param name: of a channel, as the guest sees it.
     """
 
@@ -243,6 +251,7 @@ class Video(Device):
     model: str
     primary: bool = True
     vram_kib: int | None = None
+    vram64_kib: int | None = None
     ram_kib: int | None = None
     vgamem_kib: int | None = None
     heads: int | None = None
@@ -252,7 +261,7 @@ class Video(Device):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sound(Device):
-    """A sound card; its codecs are those of ``ich6`` and ``ich9``."""
+    """A sound card: ich6, ich9, ac97, es1370 or sb16; only the first two have codecs."""
 
     model: str
     codecs: tuple[str, ...] = ()
@@ -263,6 +272,7 @@ class Sound(Device):
 class Audio:
     """Where sound goes: none, spice, or a file."""
 
+    element: Any = field(default=None, compare=False, repr=False)
     index: int
     kind: str
     path: str = ""
@@ -273,6 +283,7 @@ class Random(Device):
     """A source of random numbers: random (of a file) or builtin."""
 
     backend: str
+    model: str = "virtio"
     path: str = ""
     rate_bytes: int | None = None
     period_ms: int | None = None
@@ -282,6 +293,7 @@ class Random(Device):
 class Balloon(Device):
     """A memory balloon."""
 
+    model: str = "virtio"
     deflate_on_oom: bool = False
     free_page_reporting: bool = False
     statistics_period_s: int | None = None
@@ -322,6 +334,7 @@ class Vsock(Device):
     """A socket between guest and host."""
 
     cid: int
+    model: str = "virtio"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -511,6 +524,11 @@ class Machine:
     def q35(self) -> bool:
         """Whether the machine has PCI Express (q35) rather than PCI (i440fx)."""
         return "q35" in self.machine
+
+    @property
+    def boots_by_device(self) -> bool:
+        """Whether devices say themselves in which order the guest starts from them."""
+        return any(device.boot_order is not None for device in self.devices)
 
     @property
     def devices(self) -> tuple[Device, ...]:

@@ -5,12 +5,13 @@ is what a running domain has, what travels, and what the destination builds from
 
 Where devices go
 ================
-*pc* (i440fx): one PCI bus.  Slot 1 is the chipset's, slot 2 the display's; the others follow in order, and a bridge is
-added when the bus is full.
+*pc* (i440fx): one PCI bus.  Slot 1 is the chipset's, slot 2 the display's; the others follow in order, and the last one
+becomes a bridge's, which has 31 more.
 
 *q35*: what speaks PCI Express (virtio, e1000e, xhci) gets a root port of its own, so that it can be unplugged; root
 ports share slots from 2 on by their functions.  Conventional PCI devices stand on the root bus itself, as QEMU advises
-(docs/pcie.txt).  Slot 1 is the display's, 0x1b and 0x1d are where the ICH9 has sound and USB, 0x1f is the chipset's.
+(docs/pcie.txt), and so do the transitional models of virtio, whose ports are conventional.  Slot 1 is the display's,
+0x1b and 0x1d are where the ICH9 has sound and USB, 0x1f is the chipset's.
 
 Source: libvirt's conventions, so that definitions which were pinned there keep their places.
 """
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 import copy
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ferryman.definition import definition_error, from_root
 from ferryman_qemu.machine.model import (
+    Balloon,
     Controller,
     Device,
     Disk,
@@ -35,10 +38,12 @@ from ferryman_qemu.machine.model import (
     PCIAddress,
     Port,
     PortAddress,
+    Random,
     Redirection,
     Sound,
     USBAddress,
     Video,
+    Vsock,
     Watchdog,
 )
 from ferryman_qemu.machine.read import read_definition
@@ -53,6 +58,7 @@ _SPARE_ROOT_PORTS = 4
 
 _XHCI_PORTS = 15
 _SATA_UNITS = 6
+_ICH9_USB_SLOT = 0x1D
 _LUNS = 256
 _NARROW_UNITS = 7
 _SERIAL_PORT_COUNT = 31
@@ -134,7 +140,8 @@ def _pin_cpu(root: Any, machine: Machine, model: str, features: Iterable[tuple[s
         element = _child(root, "cpu")
     if model in ("max", "host"):
         if "mode" not in element.attrib:
-            element.set("mode", "maximum")
+            # The names that QEMU gives its most are models too.
+            element.set("mode", "custom" if machine.cpu.model else "maximum")
         return
     for name in ("match", "check", "mode"):
         element.attrib.pop(name, None)
@@ -203,6 +210,7 @@ def _split_console(devices: Any) -> None:
         return
     serial = copy.deepcopy(console)
     serial.tag = "serial"
+    serial.attrib.pop("tty", None)
     if (found := serial.find("target")) is not None:
         serial.remove(found)
     _child(serial, "target", type="isa-serial", port="0")
@@ -231,6 +239,11 @@ def _pin_controllers(root: Any, machine: Machine) -> None:
 
     wanted = "pcie-root" if machine.q35 else "pci-root"
     for controller in found:
+        master = controller.kind, controller.index, "ich9-ehci1"
+        if controller.model in _COMPANIONS and master not in ((c.kind, c.index, c.model) for c in found):
+            raise definition_error(
+                controller.element, "a companion needs the controller ich9-ehci1 of the same index"
+            )
         if controller.kind == "pci" and controller.index == 0 and controller.model != wanted:
             raise definition_error(
                 controller.element,
@@ -251,11 +264,12 @@ def _pin_controllers(root: Any, machine: Machine) -> None:
         places = [d.address for d in machine.disks if d.bus == bus]
         named = [place.controller for place in places if isinstance(place, DriveAddress)]
         ensure(bus, 1 + max(named, default=-1), model)
-    floating = [disk for disk in machine.disks if disk.address is None]
-    if any(disk.bus == "scsi" for disk in machine.disks):
+    counts = Counter(disk.bus for disk in machine.disks)
+    if counts["scsi"]:
         ensure("scsi", 1, "virtio-scsi")
-    if any(disk.bus == "sata" for disk in machine.disks):
-        ensure("sata", max(1, -(-sum(disk.bus == "sata" for disk in floating) // _SATA_UNITS)))
+    ensure("sata", -(-counts["sata"] // _SATA_UNITS))
+    if counts["fdc"] and machine.q35:
+        ensure("fdc", 1)
     if any(port.model in ("virtconsole", "virtserialport") for port in machine.ports):
         ensure("virtio-serial", 1)
     if any(_needs_usb(device) for device in machine.devices) and not _usb_hosts(found):
@@ -298,12 +312,7 @@ def _free_index(controller: Controller, found: list[Controller]) -> int:
 
 
 def _needs_usb(device: Device) -> bool:
-    return (
-        (isinstance(device, Disk | Input) and device.bus == "usb")
-        or isinstance(device, Redirection)
-        or (isinstance(device, Port) and device.model == "usb-serial")
-        or (isinstance(device, Sound) and device.model == "usb")
-    )
+    return (isinstance(device, Disk | Input) and device.bus == "usb") or isinstance(device, Redirection)
 
 
 def _usb_hosts(controllers: Iterable[Controller]) -> list[Controller]:
@@ -321,6 +330,8 @@ class _Bus:
     model: str
     taken: dict[tuple[int, int], str] = field(default_factory=dict)
 
+    reserved: frozenset[int] = frozenset()
+
     @property
     def slots(self) -> range:
         """Slots that a device may have."""
@@ -329,18 +340,17 @@ class _Bus:
     def whole_slot_free(self, slot: int) -> bool:
         return not any(s == slot for s, _ in self.taken)
 
-    def free_slot(self, *, first: int = 1, reserved: Iterable[int] = ()) -> int | None:
-        return next(
-            (
-                s
-                for s in self.slots
-                if s >= min(first, self.slots[0]) and s not in reserved and self.whole_slot_free(s)
-            ),
-            None,
-        )
+    def free_slots(self) -> list[int]:
+        """Slots that a device may be given, in their order."""
+        return [s for s in self.slots if s not in self.reserved and self.whole_slot_free(s)]
 
 
-_RESERVED_Q35 = {0x1: "display", 0x1B: "sound", 0x1D: "usb", 0x1F: "chipset"}
+_ROOT_PORTS_SLOT = 0x2
+_RESERVED_PC = frozenset((0x1, 0x2))
+"""The chipset's and the display's."""
+
+_RESERVED_Q35 = frozenset((0x1, 0x2, 0x1B, 0x1D, 0x1F))
+"""The display's, the first root ports', and those where the ICH9 has sound, USB and itself."""
 
 
 class _PCI:
@@ -353,9 +363,12 @@ class _PCI:
             c.index: _Bus(index=c.index, model=c.model) for c in machine.controllers if c.kind == "pci"
         }
         self.top = self.buses[0]
+        self.top.reserved = _RESERVED_Q35 if machine.q35 else _RESERVED_PC
         chipset = [(0x1F, f) for f in range(8)] if machine.q35 else [(1, 0), (1, 1), (1, 3)]
         for place in ((0, 0), *chipset):
             self.top.taken[place] = "the chipset"
+        self.shared: set[int] = set()
+        """Slots of the root bus whose function 0 says that there are more."""
         self.had_root_ports = any(bus.model == "pcie-root-port" for bus in self.buses.values())
 
     def claim(self, device: Device, address: PCIAddress) -> None:
@@ -374,6 +387,8 @@ class _PCI:
                 f" {bus.taken[place]}",
             )
         bus.taken[place] = _said(device)
+        if bus is self.top and address.multifunction and address.function == 0:
+            self.shared.add(address.slot)
 
     def put(self, device: Device, address: PCIAddress) -> None:
         """Give a device a place."""
@@ -394,12 +409,23 @@ class _PCI:
         if fixed is not None and self.top.whole_slot_free(fixed):
             self.put(device, PCIAddress(bus=0, slot=fixed))
             return
-        reserved = set(_RESERVED_Q35) if self.machine.q35 else {2}
-        slot = self.top.free_slot(first=3, reserved=reserved)
-        bus = self.top
-        if slot is None:
-            bus, slot = self._on_bridge(device)
-        self.put(device, PCIAddress(bus=bus.index, slot=slot))
+        self.put(device, self.free_place(device))
+
+    def free_place(self, device: Device) -> PCIAddress:
+        """The first free slot for a conventional device; the last one of all becomes a bridge's."""
+        slots = [
+            PCIAddress(bus=bus.index, slot=slot)
+            for bus in self.buses.values()
+            if bus.model != "pcie-root-port"
+            for slot in bus.free_slots()
+        ]
+        if not slots:
+            model = "pcie-to-pci-bridge" if self.machine.q35 else "pci-bridge"
+            raise definition_error(device.element, f"the PCI bus is full: add a controller of model {model}")
+        if len(slots) > 1:
+            return slots[0]
+        bridge = self.add("pcie-to-pci-bridge" if self.machine.q35 else "pci-bridge", slots[0])
+        return PCIAddress(bus=bridge.index, slot=bridge.slots[0])
 
     def express(self, device: Device) -> None:
         """Put a device behind a root port of its own, or on the one bus of a machine without PCI Express."""
@@ -409,57 +435,50 @@ class _PCI:
         bus = next((b for b in self.buses.values() if b.model == "pcie-root-port" and not b.taken), None)
         self.put(device, PCIAddress(bus=(bus or self.add("pcie-root-port")).index, slot=0))
 
-    def _on_bridge(self, device: Device) -> tuple[_Bus, int]:
-        for bus in self.buses.values():
-            slot = bus.free_slot() if bus.model in ("pci-bridge", "pcie-to-pci-bridge") else None
-            if slot is not None:
-                return bus, slot
-        if self.machine.q35:
-            raise definition_error(
-                device.element, "the PCI bus is full: add a controller of model pcie-to-pci-bridge"
-            )
-        raise definition_error(device.element, "the PCI bus is full: add a controller of model pci-bridge")
-
-    def add(self, model: str) -> _Bus:
-        """Add a PCI controller, with a place of its own."""
+    def add(self, model: str, place: PCIAddress | None = None) -> _Bus:
+        """Add a PCI controller, a root port where no place is given."""
         index = 1 + max(self.buses)
         element = self.devices.makeelement("controller", type="pci", index=str(index), model=model)
         last = [c for c in self.devices.findall("controller") if c.get("type") == "pci"][-1]
         last.addnext(element)
         bus = self.buses[index] = _Bus(index=index, model=model)
-        self.root_port(Controller(kind="pci", index=index, model=model, element=element))
+        controller = Controller(kind="pci", index=index, model=model, element=element)
+        if place is not None:
+            self.put(controller, place)
+        else:
+            self.root_port(controller)
         return bus
 
+    def root_port_place(self) -> PCIAddress | None:
+        """Where another root port may be on the root bus; eight share a slot."""
+        for slot in self.top.slots:
+            mine = {f: who for (s, f), who in self.top.taken.items() if s == slot}
+            free = next((f for f in range(8) if f not in mine), None)
+            if (
+                (slot == _ROOT_PORTS_SLOT or slot not in self.top.reserved)
+                and all(who.startswith("root port") for who in mine.values())
+                and free is not None
+                and (free == 0 or slot in self.shared)
+            ):
+                return PCIAddress(bus=0, slot=slot, function=free, multifunction=free == 0)
+        return None
+
     def root_port(self, controller: Controller) -> None:
-        """Put a root port on the root bus; eight share a slot."""
+        """Put a root port on the root bus."""
         if controller.address is None:
-            for slot in self.top.slots:
-                mine = {f: who for (s, f), who in self.top.taken.items() if s == slot}
-                ports = all(who.startswith("root port") for who in mine.values())
-                free = next((f for f in range(8) if f not in mine), None)
-                if (
-                    slot >= 2
-                    and slot not in _RESERVED_Q35
-                    and ports
-                    and free is not None
-                    and (free == 0 or 0 in mine)
-                ):
-                    self.put(
-                        controller,
-                        PCIAddress(bus=0, slot=slot, function=free, multifunction=free == 0),
-                    )
-                    break
-            else:
+            place = self.root_port_place()
+            if place is None:
                 raise definition_error(controller.element, "the PCI bus has no room for another root port")
+            self.put(controller, place)
         target = controller.element.find("target")
         if target is None:
             target = _child(controller.element, "target")
         address = controller.element.find("address")
-        place = int(address.get("slot", "0"), 0) << 3 | int(address.get("function", "0"), 0)
+        port = int(address.get("slot", "0"), 0) << 3 | int(address.get("function", "0"), 0)
         if "chassis" not in target.attrib:
             target.set("chassis", str(controller.index))
         if "port" not in target.attrib:
-            target.set("port", hex(place))
+            target.set("port", hex(port))
 
 
 def _said(device: Device) -> str:
@@ -495,14 +514,52 @@ def _pin_places(root: Any, machine: Machine) -> None:
             _place(device, machine, pci)
     if machine.q35 and not pci.had_root_ports:
         for _ in range(_SPARE_ROOT_PORTS):
-            pci.add("pcie-root-port")
+            if pci.root_port_place() is not None:
+                pci.add("pcie-root-port")
+    _check_pci(read_definition(from_root(root)))
     _place_drives(machine)
     _place_usb(root, machine)
     _place_ports(machine)
 
 
+def _check_pci(machine: Machine) -> None:
+    """Refuse buses that hang on none, and devices of which the guest sees nothing."""
+    above: dict[int, int] = {}
+    places: dict[tuple[int, int], dict[int, Device]] = {}
+    for device in machine.devices:
+        place = device.address
+        if isinstance(place, PCIAddress):
+            places.setdefault((place.bus, place.slot), {})[place.function] = device
+            if isinstance(device, Controller) and device.kind == "pci":
+                above[device.index] = place.bus
+    for controller in machine.controllers:
+        bus, seen = controller.index, set[int]()
+        while controller.kind == "pci" and bus != 0:
+            if bus in seen:
+                raise definition_error(controller.element, f"PCI bus {controller.index} is behind itself")
+            seen.add(bus)
+            bus = above[bus]
+    for (_, slot), functions in places.items():
+        if len(functions) == 1 and 0 in functions:
+            continue
+        first = functions.get(0)
+        if first is None or not (isinstance(first.address, PCIAddress) and first.address.multifunction):
+            other = functions[max(functions)]
+            if (slot == 1 and not machine.q35) or (slot == 0x1F and machine.q35):
+                continue  # the chipset is function 0
+            raise definition_error(
+                other.element,
+                f"PCI slot {slot:#x} has a function {max(functions)}, and needs a function 0 with multifunction='on'",
+            )
+
+
 def _place(device: Device, machine: Machine, pci: _PCI) -> None:
     """Give a device its place on PCI, if it has one there."""
+    if getattr(device, "model", "") == "virtio-transitional":
+        # It has the ports of conventional PCI.
+        if not (isinstance(device, Balloon) and device.address is not None):
+            pci.conventional(device)
+        return
     match device:
         case Controller():
             _place_controller(device, machine, pci)
@@ -514,17 +571,17 @@ def _place(device: Device, machine: Machine, pci: _PCI) -> None:
             else:
                 pci.conventional(device)
         case Video(model=model, primary=primary):
-            if model not in ("ramfb", "none"):
+            if model != "none":
                 slot = (0x1 if machine.q35 else 0x2) if primary else None
                 pci.conventional(device, fixed=slot)
         case Sound(model=model):
-            if model not in ("sb16", "usb"):
+            if model != "sb16":
                 pci.conventional(device, fixed=0x1B if model == "ich9" and machine.q35 else None)
         case Input(bus="virtio"):
             pci.express(device)
         case Watchdog(model="i6300esb") | Panic(model="pvpanic") | Port(model="pci-serial"):
             pci.conventional(device)
-        case _ if type(device).__name__ in ("Random", "Balloon", "Vsock"):
+        case Random() | Balloon() | Vsock():
             pci.express(device)
 
 
@@ -550,30 +607,30 @@ def _place_controller(controller: Controller, machine: Machine, pci: _PCI) -> No
 
 def _place_ich9(controller: Controller, machine: Machine, pci: _PCI) -> None:
     """The ICH9's USB controllers of one index share a slot."""
-    slot = None
-    for other in machine.controllers:
+    together = [c for c in machine.controllers if c.kind == "usb" and c.index == controller.index]
+    place: PCIAddress | None = None
+    for other in together:
         address = other.element.find("address")
-        if other.kind == "usb" and other.index == controller.index and address is not None:
-            slot = int(address.get("slot", "0"), 0)
-    if slot is None:
-        slot = (
-            0x1D
-            if machine.q35 and pci.top.whole_slot_free(0x1D)
-            else pci.top.free_slot(first=3, reserved=_RESERVED_Q35)
-        )
-    if slot is None:
-        raise definition_error(controller.element, "the PCI bus is full")
-    function = _COMPANIONS[controller.model][0] if controller.model in _COMPANIONS else 7
-    pci.put(
-        controller,
-        PCIAddress(bus=0, slot=slot, function=function, multifunction=controller.model == "ich9-uhci1"),
-    )
+        if address is not None:
+            place = PCIAddress(bus=int(address.get("bus", "0"), 0), slot=int(address.get("slot", "0"), 0))
+    if place is None:
+        usual = machine.q35 and pci.top.whole_slot_free(_ICH9_USB_SLOT)
+        place = PCIAddress(bus=0, slot=_ICH9_USB_SLOT) if usual else pci.free_place(controller)
+    # One without companions stands alone, and function 0 is the one that a guest looks for.
+    alone = not any(c.model == "ich9-uhci1" for c in together)
+    function = _COMPANIONS[controller.model][0] if controller.model in _COMPANIONS else 0 if alone else 7
+    first = controller.model == "ich9-uhci1" or (alone and len(together) > 1 and function == 0)
+    pci.put(controller, replace(place, function=function, multifunction=first))
 
 
 def _place_drives(machine: Machine) -> None:
     taken: dict[tuple[str, DriveAddress], Disk] = {}
     for disk in machine.disks:
         if isinstance(disk.address, DriveAddress):
+            if not _is_room(disk, disk.address, machine):
+                raise definition_error(
+                    disk.element.find("address"), f"bus {disk.bus} has no such place for {disk.target}"
+                )
             other = taken.setdefault((disk.bus, disk.address), disk)
             if other is not disk:
                 raise definition_error(
@@ -602,6 +659,17 @@ def _place_drives(machine: Machine) -> None:
             target=str(place.target),
             unit=str(place.unit),
         )
+
+
+def _is_room(disk: Disk, place: DriveAddress, machine: Machine) -> bool:
+    """Whether a bus has a place, those of SCSI included that are given to none by itself."""
+    if disk.bus == "scsi":
+        wide = any(
+            c.kind == "scsi" and c.index == place.controller and c.model != "lsilogic"
+            for c in machine.controllers
+        )
+        return place.bus == 0 and (wide or (place.target == 0 and place.unit < _NARROW_UNITS))
+    return place in _rooms(disk, machine)
 
 
 def _rooms(disk: Disk, machine: Machine) -> list[DriveAddress]:
@@ -643,7 +711,9 @@ def _place_usb(root: Any, machine: Machine) -> None:
     for device in users:
         if isinstance(device.address, USBAddress):
             place = (device.address.bus, device.address.port)
-            if device.address.bus not in hosts or place in taken:
+            port = device.address.port
+            known = port.isascii() and port.isdigit() and 1 <= int(port) <= hosts.get(device.address.bus, 0)
+            if not known or str(int(port)) != port or place in taken:
                 raise definition_error(
                     device.element,
                     f"the USB port {place[0]}:{place[1]} is not there, or another device has it",
@@ -676,7 +746,7 @@ def _place_ports(machine: Machine) -> None:
     for user in users:
         if isinstance(user.address, PortAddress):
             place = (user.address.controller, user.address.port)
-            if user.address.controller not in counts or place in taken:
+            if user.address.port >= counts.get(user.address.controller, 0) or place in taken:
                 raise definition_error(
                     user.element,
                     f"the virtio-serial port {place[0]}:{place[1]} is not there, or another device has it",
@@ -714,6 +784,10 @@ def _place_ports(machine: Machine) -> None:
 
 def _pin_aliases(root: Any, machine: Machine) -> None:
     taken = {device.alias for device in machine.devices if device.alias}
+    for controller in machine.controllers:
+        # A controller's alias becomes the name of its bus.
+        if controller.alias in _BUILT_IN_BUSES and not built_in(controller, machine):
+            raise definition_error(controller.element, f"the alias {controller.alias} is the chipset's")
     for device in machine.devices:
         if device.alias or (isinstance(device, Controller) and built_in(device, machine)):
             continue
@@ -732,6 +806,7 @@ def _pin_aliases(root: Any, machine: Machine) -> None:
         _child(device.element, "alias", name=name)
 
 
+_BUILT_IN_BUSES = ("pci.0", "pcie.0", "ide", "isa", "i2c", "floppy-bus")
 _STEMS = {
     "Interface": "net#",
     "Video": "video#",

@@ -8,6 +8,7 @@ Source: libvirt docs/formatdomain.rst.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from ferryman_qemu.machine.model import (
     Graphics,
     Input,
     Interface,
+    ISAAddress,
     Machine,
     Memory,
     Panic,
@@ -59,10 +61,16 @@ VNC_PORT = 5900
 
 _SERIAL_PORTS = 4
 _PARALLEL_PORTS = 3
-_MAC_DIGITS = frozenset("0123456789abcdef")
+_BLOCK_NAME_LENGTH = 21
+"""QEMU's names of block nodes have 31 characters, and ours are a disk's target with ten around it."""
+
+_INTERFACE_NAME_BYTES = 15
+_HEX_DIGITS = frozenset("0123456789abcdef")
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _BUS_OF_TARGET = {"vd": "virtio", "sd": "scsi", "hd": "ide", "fd": "fdc"}
 _CACHES = ("default", "none", "writeback", "writethrough", "directsync", "unsafe")
 _ON_OFF = ("on", "off")
+_VIRTIO_MODELS = ("virtio", "virtio-transitional", "virtio-non-transitional")
 
 
 def read_machine(text: str) -> Machine:
@@ -116,7 +124,7 @@ def read_definition(definition: Definition) -> Machine:
         clock=_clock(root.child("clock")),
         boot=_boot(os),
         features=_features(root.child("features")),
-        smbios=_smbios(root.child("sysinfo"), os.child("smbios")),
+        smbios=_smbios(root.child("sysinfo"), os.child("smbios"), definition.uuid),
         generation_id=_generation_id(root.child("genid")),
         suspend_to_memory=_suspends(pm, "suspend-to-mem"),
         suspend_to_disk=_suspends(pm, "suspend-to-disk"),
@@ -156,6 +164,7 @@ _KNOWN_REFUSALS = {
     "iommu": "an IOMMU for the guest is not supported",
     "lease": "leases of lock managers are not supported: the journal and the image locks do that",
     "nvram": "<nvram> belongs into <os>",
+    "maxMemory": "memory modules are not supported: give the guest all memory in <memory>",
     "hub": "USB hubs are not supported: a controller with more ports does the same",
 }
 
@@ -203,11 +212,15 @@ def _boot(os: Node) -> Boot:
         menu=menu.switch("enable") if menu is not None else None,
         menu_timeout_ms=menu.maybe_number("timeout", 0, 65_535) if menu is not None else None,
         serial=bios.switch("useserial", default=False) if bios is not None else False,
-        reboot_timeout_ms=bios.maybe_number("rebootTimeout", 0, 65_535) if bios is not None else None,
+        reboot_timeout_ms=_reboot_timeout(bios) if bios is not None else None,
         kernel=kernel.text_path() if kernel is not None else "",
         initrd=initrd.text_path() if initrd is not None else "",
         cmdline=cmdline.text() if cmdline is not None else "",
     )
+
+
+def _reboot_timeout(bios: Node) -> int | None:
+    return None if bios.get("rebootTimeout") == "-1" else bios.maybe_number("rebootTimeout", 0, 65_535)
 
 
 def _firmware(os: Node) -> Firmware:
@@ -258,19 +271,18 @@ def _cpu(node: Node | None, accelerated: bool, max_vcpus: int) -> CPU:  # noqa: 
         raise node.error("migratable='off' is for host-passthrough: remove it")
     model = node.child("model")
     if model is not None:
-        if mode != "custom":
-            raise model.error(f"the CPU mode {mode} has no <model>: remove it, or use mode custom")
+        # What older programs write beside host-model; a model that this host lacks is an error in every mode.
         model.choice("fallback", ("allow", "forbid"), "forbid")
-        values["model"] = model.text_word("CPU model")
+        if mode == "custom":
+            values["model"] = model.text_word("CPU model")
+        elif mode != "host-model" or model.text():
+            raise model.error(f"the CPU mode {mode} has no <model>: remove it, or use mode custom")
     elif mode == "host-passthrough":
         # What QEMU without KVM can do stands for the host.
         values["model"] = "host" if accelerated else "max"
     elif mode == "maximum":
         values["model"] = "max"
     values["host_model"] = mode == "host-model"
-    vendor = node.child("vendor")
-    if vendor is not None:
-        vendor.text()
     values["features"] = _cpu_features(node, mode)
     topology = node.child("topology")
     if topology is not None:
@@ -528,7 +540,9 @@ _SMBIOS = {
 }
 
 
-def _smbios(info: Node | None, mode: Node | None) -> tuple[tuple[int, tuple[tuple[str, str], ...]], ...]:
+def _smbios(
+    info: Node | None, mode: Node | None, uuid: str
+) -> tuple[tuple[int, tuple[tuple[str, str], ...]], ...]:
     wanted = mode.choice("mode", ("emulate", "sysinfo")) if mode is not None else "emulate"
     if info is None:
         if wanted == "sysinfo" and mode is not None:
@@ -543,6 +557,8 @@ def _smbios(info: Node | None, mode: Node | None) -> tuple[tuple[int, tuple[tupl
         values = []
         for entry in table.children("entry"):
             name = entry.choice("name", tuple(entries))
+            if name == "uuid" and entry.text().lower() != uuid:
+                raise entry.error("the uuid of <sysinfo> is the domain's: make them equal, or remove it")
             values.append((entries[name], entry.text()))
         found.append((number, tuple(values)))
     strings = info.child("oemStrings")
@@ -557,7 +573,9 @@ def _generation_id(node: Node | None) -> str:
     text = node.text()
     if not text:
         raise node.error("<genid> holds no uuid: write the one that the guest is to have")
-    return as_word(node, text, "generation id")
+    if not _UUID.fullmatch(text):
+        raise node.error(f"{text!r:.60} is not a uuid")
+    return text.lower()
 
 
 def _suspends(pm: Node | None, tag: str) -> bool | None:
@@ -592,27 +610,41 @@ def _commandline(root: Node) -> dict[str, Any]:
 
 # What all devices have
 
+_TAKEN_NAMES = frozenset(("control", "read", "pid", "vmgenid0", "vmcoreinfo0"))
+"""Names of what stands beside the devices: monitors, their sockets, and devices that are no elements of libvirt's."""
 
-def _common(node: Node, *kinds: str) -> dict[str, Any]:
+
+def _common(node: Node, *kinds: str, boots: bool = False) -> dict[str, Any]:
     """Alias, address, boot order and ROM of a device.
 
-    :param kinds: types of address that it can have; the first decides how it is pinned.
+    :param kinds: types of address that it can have.
+    :param boots: a guest can start from it.
     """
     values: dict[str, Any] = {"element": node.element}
     alias = node.child("alias")
     if alias is not None:
-        values["alias"] = alias.word("name", "alias")
+        values["alias"] = _identifier(alias, "alias")
     address = node.child("address")
     if address is not None:
         values["address"] = _address(address, kinds)
-    boot = node.child("boot")
+    boot = node.child("boot") if boots else None
     if boot is not None:
         values["boot_order"] = boot.number("order", 1, 65_535)
-    rom = node.child("rom")
+    rom = node.child("rom") if "pci" in kinds else None
     if rom is not None:
         values["rom_bar"] = rom.maybe_switch("bar")
         values["rom_file"] = rom.path("file") if rom.get("file") is not None else ""
     return values
+
+
+def _identifier(node: Node, what: str) -> str:
+    """The name of a device as QEMU takes it for an id."""
+    name = node.word("name", what)
+    if not name[0].isalpha() or "+" in name:
+        raise node.error(f"{name!r} is not an {what}: it begins with a letter, and has no '+'")
+    if name in _TAKEN_NAMES:
+        raise node.error(f"the {what} {name} is taken: choose another one")
+    return name
 
 
 def _address(node: Node, kinds: Sequence[str]) -> Address | None:
@@ -643,8 +675,7 @@ def _address(node: Node, kinds: Sequence[str]) -> Address | None:
             return PortAddress(
                 controller=node.number("controller", 0, 255, 0), port=node.number("port", 0, 30)
             )
-    node.skip()
-    return None  # isa: built in at a place that the index gives
+    return ISAAddress(iobase=node.maybe_number("iobase", 0, 0xFFFF), irq=node.maybe_number("irq", 0, 15))
 
 
 # Devices
@@ -654,11 +685,15 @@ def _disk(node: Node, machine: str) -> Disk:
     kind = node.choice("type", ("file", "block", "network"))
     device = node.choice("device", ("disk", "cdrom", "floppy"), "disk")
     node.choice("snapshot", ("internal", "external", "no", "manual"), "external")
-    model = node.choice("model", ("virtio", "virtio-transitional", "virtio-non-transitional"), "virtio")
+    model = node.choice("model", _VIRTIO_MODELS, "virtio")
     target = node.child("target")
     if target is None:
         raise node.error("<disk> has no <target>")
     name = target.word("dev", "disk target")
+    if "+" in name or len(name) > _BLOCK_NAME_LENGTH:
+        raise target.error(
+            f"{name!r:.80} is not a disk target: at most {_BLOCK_NAME_LENGTH} letters, digits, '-', '_' and '.'"
+        )
     guessed = _BUS_OF_TARGET.get(name[:2], "virtio")
     if guessed in ("scsi", "ide") and device == "cdrom" and target.get("bus") is None:
         guessed = "sata" if "q35" in machine else "ide"
@@ -667,7 +702,7 @@ def _disk(node: Node, machine: str) -> Disk:
     source = node.child("source")
     readonly = node.flag("readonly") or device == "cdrom"
     values: dict[str, Any] = {
-        **_common(node, "pci" if bus == "virtio" else "usb" if bus == "usb" else "drive"),
+        **_common(node, "pci" if bus == "virtio" else "usb" if bus == "usb" else "drive", boots=True),
         **_disk_driver(node.child("driver"), bus),
         "source": _source(source, kind) if source is not None else None,
         "device": device,
@@ -687,7 +722,7 @@ def _disk(node: Node, machine: str) -> Disk:
     wwn = node.child("wwn")
     if wwn is not None:
         values["wwn"] = wwn.text()
-        if len(values["wwn"]) != 16 or not set(values["wwn"].lower()) <= _MAC_DIGITS:
+        if len(values["wwn"]) != 16 or not set(values["wwn"].lower()) <= _HEX_DIGITS:
             raise wwn.error("<wwn> must be 16 hexadecimal digits")
     sizes = node.child("blockio")
     if sizes is not None:
@@ -703,7 +738,7 @@ def _checked_disk(node: Node, disk: Disk) -> Disk:
         raise node.error("io='native' of <driver> needs cache='none' or 'directsync'")
     if disk.detect_zeroes == "unmap" and disk.discard != "unmap":
         raise node.error("detect_zeroes='unmap' of <driver> needs discard='unmap'")
-    if disk.device == "cdrom" and disk.bus in ("virtio", "fdc"):
+    if disk.device == "cdrom" and disk.bus in ("virtio", "fdc", "usb"):
         raise node.error(f"a CD-ROM drive is not a {disk.bus} device: use bus sata, scsi or ide")
     if (disk.device == "floppy") != (disk.bus == "fdc"):
         raise node.error("a floppy drive has bus fdc, and nothing else has")
@@ -711,12 +746,21 @@ def _checked_disk(node: Node, disk: Disk) -> Disk:
         raise node.error(f"a disk on bus {disk.bus} cannot be read-only: use bus virtio or scsi")
     if disk.bus != "virtio" and (disk.iothread is not None or disk.queues is not None):
         raise node.error("iothread and queues of <driver> are for disks on bus virtio")
-    if disk.bus not in ("scsi",) and (disk.vendor or disk.product):
+    if disk.bus != "virtio" and disk.model != "virtio":
+        raise node.error("model of <disk> is for disks on bus virtio")
+    if disk.bus != "scsi" and (disk.vendor or disk.product):
         raise node.error("<vendor> and <product> are for disks on bus scsi")
-    if disk.bus == "virtio" and (disk.wwn or disk.rotation_rate):
-        raise node.error("a virtio disk has neither <wwn> nor rotation_rate")
-    if disk.removable is not None and disk.bus not in ("usb", "scsi"):
-        raise node.error("removable of <target> is for disks on bus usb or scsi")
+    hard = disk.device == "disk"
+    if disk.wwn and disk.bus not in ("scsi", "sata", "ide"):
+        raise node.error("<wwn> is for disks on bus scsi, sata or ide")
+    if disk.rotation_rate is not None and not (hard and disk.bus in ("scsi", "sata", "ide")):
+        raise node.error("rotation_rate of <target> is for hard disks on bus scsi, sata or ide")
+    if disk.removable is not None and not (hard and disk.bus in ("usb", "scsi")):
+        raise node.error("removable of <target> is for hard disks on bus usb or scsi")
+    if disk.bus == "fdc" and (disk.serial or disk.error_policy or disk.rerror_policy):
+        raise node.error("a floppy drive has neither <serial> nor an error policy")
+    if disk.io and disk.source is not None and disk.source.kind == "nbd":
+        raise node.error("io of <driver> is for files and block devices")
     return disk
 
 
@@ -812,6 +856,11 @@ _CONTROLLER_MODELS: dict[str, tuple[str, ...]] = {
     "fdc": ("",),
 }
 _MODEL_BY_DEFAULT = {"scsi": "virtio-scsi"}
+_NAMES_OF_PCI = {
+    "pcie-root-port": ("pcie-root-port",),
+    "pci-bridge": ("pci-bridge",),
+    "pcie-to-pci-bridge": ("pcie-pci-bridge",),
+}
 
 
 def _controller(node: Node) -> Controller:
@@ -822,25 +871,42 @@ def _controller(node: Node) -> Controller:
     driver = node.child("driver")
     master, target, bare = node.child("master"), node.child("target"), node.child("model")
     if bare is not None:
-        bare.get("name")
+        if kind != "pci":
+            raise bare.error("<model> in <controller> is for controllers of type pci")
+        bare.choice("name", _NAMES_OF_PCI.get(model, ("",)))
+    if driver is not None and model not in ("virtio-scsi", "virtio-transitional", "virtio-non-transitional"):
+        raise driver.error("<driver> is for controllers of type scsi and model virtio-scsi")
+    if driver is not None and kind != "scsi":
+        raise driver.error("<driver> is for controllers of type scsi")
+    if (master is not None) != model.startswith("ich9-uhci") and master is not None:
+        raise master.error("<master> is for the companions ich9-uhci1 to 3")
+    if target is not None and model not in ("pcie-root-port", "pci-bridge"):
+        raise target.error("<target> is for controllers of model pcie-root-port or pci-bridge")
     if kind == "pci":
         hole = node.child("pcihole64")
         if hole is not None:
             raise hole.error("<pcihole64> is not supported: remove it")
+    express = model == "pcie-root-port"
     return Controller(
         **_common(node, "pci"),
         kind=kind,
         index=-1 if node.get("index") is None else node.number("index", 0, 255),
         model=model,
-        ports=node.maybe_number("ports", 1, 31),
-        vectors=node.maybe_number("vectors", 0, 1024),
+        ports=_ports_of(node, kind, model),
+        vectors=node.maybe_number("vectors", 0, 1024) if kind == "virtio-serial" else None,
         master=master.number("startport", 0, 14) if master is not None else None,
         queues=driver.maybe_number("queues", 1, 1024) if driver is not None else None,
         iothread=driver.maybe_number("iothread", 1, 256) if driver is not None else None,
         chassis=target.maybe_number("chassis", 1, 255) if target is not None else None,
-        port=target.maybe_number("port", 0, 255) if target is not None else None,
-        hotplug=target.switch("hotplug", default=True) if target is not None else True,
+        port=target.maybe_number("port", 0, 255) if target is not None and express else None,
+        hotplug=target.switch("hotplug", default=True) if target is not None and express else True,
     )
+
+
+def _ports_of(node: Node, kind: str, model: str) -> int | None:
+    if kind == "virtio-serial":
+        return node.maybe_number("ports", 1, 31)
+    return node.maybe_number("ports", 1, 15) if model in ("qemu-xhci", "nec-xhci") else None
 
 
 _NIC_MODELS = (
@@ -873,11 +939,11 @@ def _interface(node: Node) -> Interface:
         )
     values: dict[str, Any] = {}
     if kind == "bridge":
-        values["bridge"] = node.need_child("source").word("bridge", "bridge")
+        values["bridge"] = _interface_name(node.need_child("source"), "bridge")
     elif source is not None and kind == "ethernet":
         raise source.error("an interface of type ethernet has no <source>: remove it")
     if target is not None and kind != "user":
-        name = target.word("dev", "name of an interface")
+        name = _interface_name(target, "dev")
         # Names that libvirt made for an earlier run are made anew.
         values["tap"] = "" if name.startswith("vnet") else name
         values["managed"] = target.switch("managed", default=True)
@@ -885,7 +951,11 @@ def _interface(node: Node) -> Interface:
         values["backend"] = driver.choice("name", ("qemu", "vhost", ""), "")
         values["queues"] = driver.maybe_number("queues", 1, 256)
         values["rx_queue_size"] = driver.maybe_number("rx_queue_size", 256, 1024)
-        values["tx_queue_size"] = driver.maybe_number("tx_queue_size", 256, 1024)
+        # QEMU takes more with vhost-user only.
+        values["tx_queue_size"] = driver.maybe_number("tx_queue_size", 256, 256)
+        size = values["rx_queue_size"]
+        if size is not None and size & (size - 1):
+            raise driver.error(f"rx_queue_size={size} of <driver> is not a power of two")
     if kind == "user":
         values["networks"] = tuple(
             (
@@ -896,21 +966,35 @@ def _interface(node: Node) -> Interface:
         )
         if values.get("queues") or values.get("backend") == "vhost":
             raise node.error("an interface of type user has neither queues nor vhost")
+    named = model.choice("type", _NIC_MODELS) if model is not None else "rtl8139"
+    if driver is not None and not named.startswith("virtio"):
+        raise driver.error("<driver> of <interface> is for the model virtio")
+    if mtu is not None and not named.startswith("virtio"):
+        raise mtu.error("<mtu> is for the model virtio")
     return Interface(
-        **_common(node, "pci"),
+        **_common(node, "pci", boots=True),
         kind=kind,
         mac=_mac(mac) if mac is not None else "",
-        model=model.choice("type", _NIC_MODELS, "") if model is not None else "rtl8139",
+        model=named,
         link=link.choice("state", ("up", "down")) == "up" if link is not None else True,
         mtu=mtu.number("size", 68, 65_535) if mtu is not None else None,
         **values,
     )
 
 
+def _interface_name(node: Node, attribute: str) -> str:
+    name = node.word(attribute, "name of an interface")
+    if len(name) > _INTERFACE_NAME_BYTES:
+        raise node.error(
+            f"{name!r} is longer than the {_INTERFACE_NAME_BYTES} characters of an interface's name"
+        )
+    return name
+
+
 def _mac(node: Node) -> str:
     text = node.need("address").lower()
     parts = text.split(":")
-    if len(parts) != 6 or not all(len(part) == 2 and set(part) <= _MAC_DIGITS for part in parts):
+    if len(parts) != 6 or not all(len(part) == 2 and set(part) <= _HEX_DIGITS for part in parts):
         raise node.error(f"{text!r:.40} is no MAC address")
     if int(parts[0], 16) & 1:
         raise node.error(f"{text} is a multicast address, which no interface can have")
@@ -986,15 +1070,15 @@ def _serial(node: Node, number: int) -> Port:
     target = node.child("target")
     model = "isa-serial"
     if target is not None:
-        model = target.choice("type", ("isa-serial", "pci-serial", "usb-serial", "serial"), "isa-serial")
+        model = target.choice("type", ("isa-serial", "pci-serial", "serial"), "isa-serial")
         if target.number("port", 0, 255, number) != number:
             raise target.error("serial ports are numbered in their order, from 0")
         named = target.child("model")
         if named is not None:
-            model = named.choice("name", ("isa-serial", "pci-serial", "usb-serial"), model)
+            model = named.choice("name", ("isa-serial", "pci-serial"), model)
     model = "isa-serial" if model == "serial" else model
-    kinds = {"pci-serial": ("pci",), "usb-serial": ("usb",)}.get(model, ("isa",))
-    return Port(**_common(node, *kinds), kind="serial", model=model, character=_character(node), index=number)
+    place = "pci" if model == "pci-serial" else "isa"
+    return Port(**_common(node, place), kind="serial", model=model, character=_character(node), index=number)
 
 
 def _parallel(node: Node, number: int) -> Port:
@@ -1033,7 +1117,7 @@ def _console(node: Node, number: int, before: Sequence[Port]) -> Port | None:
     if first is None:
         return Port(**_common(node, "isa"), kind="serial", model="isa-serial", character=character, index=0)
     # The alias of a console that repeats a port is that port's.
-    _common(node, "isa", "pci", "usb")
+    _common(node, "isa", "pci")
     if character.kind != first.character.kind:
         raise node.error(
             f"a console of type {character.kind} cannot repeat a serial port of type {first.character.kind}:"
@@ -1087,8 +1171,10 @@ def _graphics(node: Node) -> Graphics:
             values["address_text"] = ""
     if node.get("socket") is not None:
         values["socket"] = node.path("socket")
-    node.switch("autoport", default=True)
     values["port"] = -1 if node.get("port") in (None, "-1") else node.number("port", 1, 65_535)
+    if node.switch("autoport", default=False):
+        # The port of an earlier run may stand there.
+        values["port"] = -1
     values["keymap"] = node.word("keymap", "keymap") if node.get("keymap") is not None else ""
     values["password"] = node.get("passwd") or ""
     if node.get("passwdValidTo") is not None:
@@ -1147,7 +1233,14 @@ def _spice(node: Node) -> list[tuple[str, str]]:
     return options
 
 
-_VIDEO_MODELS = ("vga", "cirrus", "vmvga", "qxl", "virtio", "bochs", "ramfb", "none")
+_VIDEO_MODELS = ("vga", "cirrus", "vmvga", "qxl", "virtio", "bochs", "none")
+_VIDEO_MEMORY = {
+    "vram": ("vga", "cirrus", "vmvga", "qxl", "bochs"),
+    "vram64": ("qxl",),
+    "ram": ("qxl",),
+    "vgamem": ("qxl",),
+}
+"""Kinds of memory, and the models that have it."""
 
 
 def _videos(nodes: Sequence[Node]) -> tuple[Video, ...]:
@@ -1168,20 +1261,24 @@ def _videos(nodes: Sequence[Node]) -> tuple[Video, ...]:
             raise model.error(f"a video of type {kind} can only be the first")
         if node.child("driver") is not None:
             raise node.error("<driver> of <video> is not supported: remove it")
+        memory: dict[str, Any] = {
+            f"{name}_kib": model.maybe_number(name, 1024, 1 << 21)
+            for name, models in _VIDEO_MEMORY.items()
+            if kind in models and not (name == "vram64" and model.get(name) == "0")
+        }
+        if resolution is not None and kind not in ("vga", "qxl", "virtio", "bochs"):
+            raise resolution.error(f"a video of type {kind} has no <resolution>")
         found.append(
             Video(
-                **_common(node, "pci"),
+                **_common(node, *(() if kind == "none" else ("pci",))),
+                **memory,
                 model=kind,
                 primary=primary,
-                vram_kib=model.maybe_number("vram", 64, 1 << 21),
-                ram_kib=model.maybe_number("ram", 64, 1 << 21),
-                vgamem_kib=model.maybe_number("vgamem", 64, 1 << 21),
-                heads=model.maybe_number("heads", 1, 16),
+                heads=model.maybe_number("heads", 1, 16 if kind in ("qxl", "virtio") else 1),
                 width=resolution.number("x", 64, 16_384) if resolution is not None else None,
                 height=resolution.number("y", 64, 16_384) if resolution is not None else None,
             )
         )
-        model.maybe_number("vram64", 0, 1 << 30)
     return tuple(found)
 
 
@@ -1193,9 +1290,10 @@ def _sound(node: Node) -> Sound:
         raise node.error(f"a sound card of model {model} has no <codec>")
     if model == "pcspk":
         raise node.error("the speaker of a PC is not supported: use model ich9")
-    kinds = {"usb": ("usb",), "sb16": ("isa",)}.get(model, ("pci",))
+    if model == "usb":
+        raise node.error("QEMU does not migrate USB sound cards: use model ich9")
     return Sound(
-        **_common(node, *kinds),
+        **_common(node, "isa" if model == "sb16" else "pci"),
         model=model,
         codecs=codecs,
         audio=audio.number("id", 1, 255) if audio is not None else None,
@@ -1204,14 +1302,19 @@ def _sound(node: Node) -> Sound:
 
 def _audio(node: Node) -> Audio:
     kind = node.choice("type", ("none", "spice", "file"))
-    return Audio(index=node.number("id", 1, 255), kind=kind, path=node.path("path") if kind == "file" else "")
+    return Audio(
+        element=node.element,
+        index=node.number("id", 1, 255),
+        kind=kind,
+        path=node.path("path") if kind == "file" else "",
+    )
 
 
 # The rest
 
 
 def _random(node: Node) -> Random:
-    node.choice("model", ("virtio", "virtio-transitional", "virtio-non-transitional"))
+    model = node.choice("model", _VIRTIO_MODELS)
     backend, rate = node.need_child("backend"), node.child("rate")
     kind = backend.choice("model", ("random", "builtin"))
     path = ""
@@ -1221,6 +1324,7 @@ def _random(node: Node) -> Random:
         raise backend.error("the builtin generator has no file")
     return Random(
         **_common(node, "pci"),
+        model=model,
         backend=kind,
         path=path,
         rate_bytes=rate.number("bytes", 1, 1 << 40) if rate is not None else None,
@@ -1231,13 +1335,14 @@ def _random(node: Node) -> Random:
 def _balloon(node: Node | None) -> Balloon | None:
     if node is None:
         return Balloon()
-    model = node.choice("model", ("virtio", "virtio-transitional", "virtio-non-transitional", "none"))
+    model = node.choice("model", (*_VIRTIO_MODELS, "none"))
     if model == "none":
         _common(node, "pci")
         return None
     stats = node.child("stats")
     return Balloon(
         **_common(node, "pci"),
+        model=model,
         deflate_on_oom=node.switch("autodeflate", default=False),
         free_page_reporting=node.switch("freePageReporting", default=False),
         statistics_period_s=stats.number("period", 0, 1 << 20) if stats is not None else None,
@@ -1245,10 +1350,10 @@ def _balloon(node: Node | None) -> Balloon | None:
 
 
 def _watchdog(node: Node) -> Watchdog:
-    model = node.choice("model", ("i6300esb", "ib700"))
+    model = node.choice("model", ("i6300esb", "ib700", "itco"))
     actions = ("reset", "shutdown", "poweroff", "pause", "none", "inject-nmi")
     return Watchdog(
-        **_common(node, *(("pci",) if model == "i6300esb" else ("isa",))),
+        **_common(node, *(("pci",) if model == "i6300esb" else ())),
         model=model,
         action=node.choice("action", actions, "reset"),
     )
@@ -1259,7 +1364,9 @@ def _input(node: Node) -> Input:
     bus = node.choice("bus", ("usb", "virtio", "ps2"), "usb" if kind == "tablet" else "ps2")
     if bus == "ps2" and kind == "tablet":
         raise node.error("a tablet has bus usb or virtio")
-    node.choice("model", ("virtio", "virtio-transitional", "virtio-non-transitional", ""), "")
+    if bus == "virtio":
+        # These speak the modern protocol alone, by either name.
+        node.choice("model", ("virtio", "virtio-non-transitional"), "virtio")
     kinds = {"usb": ("usb",), "virtio": ("pci",)}.get(bus, ())
     return Input(**_common(node, *kinds), kind=kind, bus=bus)
 
@@ -1271,7 +1378,7 @@ def _tpm(node: Node) -> TPM:
     if kind != "emulator":
         raise backend.error(f"a TPM of type {kind!r:.40} does not move with the guest: use emulator")
     backend.choice("version", ("2.0",), "2.0")
-    return TPM(**_common(node, "isa"), model=model)
+    return TPM(**_common(node), model=model)
 
 
 def _panic(node: Node) -> Panic:
@@ -1280,24 +1387,88 @@ def _panic(node: Node) -> Panic:
 
 
 def _vsock(node: Node) -> Vsock:
-    node.choice("model", ("virtio", "virtio-transitional", "virtio-non-transitional"), "virtio")
+    model = node.choice("model", _VIRTIO_MODELS, "virtio")
     cid = node.need_child("cid")
     if cid.switch("auto", default=False) and cid.get("address") is None:
         raise cid.error(
             "a free number cannot be kept when the guest moves: write <cid auto='no' address='…'/>"
         )
-    return Vsock(**_common(node, "pci"), cid=cid.number("address", 3, 0xFFFFFFFE))
+    return Vsock(**_common(node, "pci"), model=model, cid=cid.number("address", 3, 0xFFFFFFFE))
 
 
 def _redirection(node: Node) -> Redirection:
     node.choice("bus", ("usb",))
-    return Redirection(**_common(node, "usb"), character=_character(node, ("spicevmc", "tcp")))
+    return Redirection(**_common(node, "usb", boots=True), character=_character(node, ("spicevmc", "tcp")))
 
 
 # What concerns more than one element
 
 
+def _check_controllers(machine: Machine) -> None:
+    seen: set[tuple[str, int, str]] = set()
+    kinds = [controller.kind for controller in machine.controllers]
+    for controller in machine.controllers:
+        node = Node(controller.element)
+        kind, index, model = controller.kind, controller.index, controller.model
+        # The companions of a USB 2 controller have its index.
+        key = (kind, index, model if model.startswith("ich9-uhci") else "")
+        if key in seen and index >= 0:
+            raise node.error(f"two controllers of type {kind} have the index {index}")
+        seen.add(key)
+        if kind == "pci" and (model in ("pci-root", "pcie-root")) != (index == 0) and index >= 0:
+            raise node.error(
+                "the PCI controller of index 0 is the root, pci-root or pcie-root, and no other is"
+            )
+        if kind in ("ide", "fdc") and index > 0:
+            raise node.error(f"a machine has one controller of type {kind}, of index 0")
+        if model == "none" and kinds.count("usb") > 1:
+            raise node.error("a USB controller of model none stands alone")
+        if controller.iothread is not None and controller.iothread > machine.iothreads:
+            raise node.error(
+                f"iothread {controller.iothread} is not there: <iothreads> says {machine.iothreads}"
+            )
+
+
+def _check_single(machine: Machine) -> None:
+    """Refuse a second of what the guest or the host tells apart by a name or a number that is not an id."""
+    names: set[tuple[str, str]] = set()
+    single = (
+        *(("channel", "name", port.name, port) for port in machine.ports if port.kind == "channel"),
+        *(
+            ("interface", "tap", interface.tap, interface)
+            for interface in machine.interfaces
+            if interface.tap
+        ),
+        *(("watchdog", "model", watchdog.model, watchdog) for watchdog in machine.watchdogs),
+        *(("panic", "model", panic.model, panic) for panic in machine.panics),
+    )
+    for tag, what, name, device in single:
+        if (tag, name) in names:
+            raise Node(device.element).error(f"a second <{tag}> has the {what} {name}: remove it")
+        names.add((tag, name))
+    actions = {watchdog.action for watchdog in machine.watchdogs}
+    for watchdog in machine.watchdogs:
+        if len(actions) > 1:
+            raise Node(watchdog.element).error("all watchdogs of a machine have one action: make them equal")
+        if watchdog.model == "itco" and not machine.q35:
+            raise Node(watchdog.element).error(
+                "the watchdog itco is part of the machine type q35: use i6300esb"
+            )
+
+
+def _check_spice(machine: Machine) -> None:
+    """Refuse sound that ends at a SPICE display where there is none."""
+    if any(graphics.kind == "spice" for graphics in machine.graphics):
+        return
+    for audio in machine.audios:
+        if audio.kind == "spice":
+            raise Node(audio.element).error("audio of type spice needs a <graphics type='spice'>")
+
+
 def _check(machine: Machine, root: Node) -> None:
+    _check_controllers(machine)
+    _check_single(machine)
+    _check_spice(machine)
     seen: set[str] = set()
     for disk in machine.disks:
         if disk.target in seen:
@@ -1333,6 +1504,8 @@ def _check(machine: Machine, root: Node) -> None:
     if any(video.model == "none" for video in machine.videos) and machine.graphics:
         raise Node(machine.videos[0].element).error("a display that is served needs a <video>")
     audios = {audio.index for audio in machine.audios}
+    if len(audios) < len(machine.audios):
+        raise root.error("two <audio> have the same id")
     for sound in machine.sounds:
         if sound.audio is not None and sound.audio not in audios:
             raise Node(sound.element).error(f"there is no <audio id='{sound.audio}'>")

@@ -177,7 +177,9 @@ class Node:
         if id(element) in understood.whole:
             return
         for name in element.attrib:
-            if (id(element), name) not in understood.attributes and not _listed(f"{path}/@{name}", ignored):
+            if (id(element), name) not in understood.attributes and not _listed(
+                _below(path, f"@{name}"), ignored
+            ):
                 raise definition_error(
                     element, f"the attribute {name} of <{element.tag}> is not understood: remove it"
                 )
@@ -190,7 +192,7 @@ class Node:
                         f"the text {text.strip()!r:.40} in <{element.tag}> is not understood: remove it",
                     )
         for child in element:
-            below = f"{path}/{child.tag}" if path else str(child.tag)
+            below = _below(path, str(child.tag))
             if _listed(below, ignored):
                 continue
             if id(child) not in understood.nodes:
@@ -198,6 +200,10 @@ class Node:
                     child, f"<{child.tag}> in <{element.tag}> is not understood by this driver: remove it"
                 )
             self._check(child, below, ignored)
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
 
 
 def _listed(path: str, ignored: Mapping[str, str]) -> bool:
