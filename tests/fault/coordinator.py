@@ -20,6 +20,7 @@ from ferryman.connection import _enter_tasks
 from ferryman.engine import Begun, Confirmed, Finished, Host, Performed, Prepared
 from ferryman.errors import FerrymanError, MigrationError
 from ferryman.handover import Cookie, PaperKind, decode_cookie, encode_cookie
+from ferryman.hookspecs import OpenReply
 from ferryman.registry import Hooks
 from ferryman.types import DomainInfo, DomainUUID, MigrationId, Side, Tuning
 from ferryman.uri import ConnectionURI
@@ -126,6 +127,7 @@ class FarConnection(Connection):
         address, distribution, names = await link.call("desk", "greet")
         self._hooks = cast("Hooks", _FarHooks(link, distribution, names))
         self._host = cast("Host", ScriptedHost(address, link, self._papers))
+        self._reply = OpenReply(address=address)
         self._stack.callback(self._closed)
 
 

@@ -88,7 +88,7 @@ SCENARIOS = (
 )
 
 _GUARDED = "the engine answers by itself before the table is asked"
-_POSTCOPY = "post-copy, which the QEMU driver does not offer"
+_POSTCOPY = "post-copy, which this campaign does not ask for (see test_postcopy_qemu)"
 _PERSON = "a person's evidence, which only a person brings"
 _REASONS = {
     "source.*.written-off": _PERSON,

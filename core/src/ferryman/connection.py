@@ -179,6 +179,8 @@ class Connection:
         :cancellation: as if it had not been called.
         """
         hooks = self.hooks
+        if self._host is not None:
+            return
         async with self._acquiring:
             if self._host is None:
                 await hooks.call("connection_acquire", HostRequest(), type(None))
