@@ -38,7 +38,7 @@ from ferryman_qemu.machine import Machine, read_machine, read_pinned
 from ferryman_qemu.monitor import Command
 from ferryman_qemu.probe import dotted
 from ferryman_qemu.savefile import Saved, SaveFile, open_saved, publish, save_path, unfinished_path
-from ferryman_qemu.transfer import ACTIVE, DEFAULT_DOWNTIME_MS
+from ferryman_qemu.transfer import ACTIVE, DEFAULT_DOWNTIME_MS, capabilities
 
 if TYPE_CHECKING:
     from ferryman_qemu.guest import Guest
@@ -50,27 +50,9 @@ _FD_NAME = "ferryman-save"
 _PIPE_BYTES = 1 << 20
 _END_PATIENCE_S = 30.0
 _SAVABLE = ("running", "paused", "prelaunch")
-_OFF = (
-    "return-path",
-    "multifd",
-    "xbzrle",
-    "auto-converge",
-    "zero-copy-send",
-    "postcopy-ram",
-    "late-block-activate",
-)
-"""A file does not answer, and what an earlier migration left on would not be understood where the file is read."""
-
 _SETTINGS = (
-    Command(
-        "migrate-set-capabilities",
-        {
-            "capabilities": [
-                {"capability": "events", "state": True},
-                *({"capability": name, "state": False} for name in _OFF),
-            ]
-        },
-    ),
+    # A file does not answer, and what an earlier migration left on would not be understood where the file is read.
+    capabilities({"events"}),
     Command(
         "migrate-set-parameters",
         {"max-bandwidth": 0, "downtime-limit": DEFAULT_DOWNTIME_MS, "tls-creds": "", "tls-hostname": ""},

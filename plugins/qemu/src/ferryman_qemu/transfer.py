@@ -37,9 +37,11 @@ from ferryman.uri import MigrationURI
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout
 from ferryman_qemu.storage import Copies, CopyError, yank
 from ferryman_qemu.streams import CONNECT_S, SILENCE_S, connect
-from ferryman_qemu.tls import TLS_ID
+from ferryman_qemu.tls import TLS_ID, read_rules
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from anyio.abc import TaskGroup
 
     from ferryman_qemu.guest import Guest
@@ -89,6 +91,7 @@ _CAPABILITIES = (
     "zero-copy-send",
     "postcopy-ram",
     "pause-before-switchover",
+    "late-block-activate",
 )
 """What is switched on or off for every transfer, since an earlier attempt may have left something on."""
 
@@ -118,9 +121,9 @@ def _shared(options: MigrationOptions) -> set[str]:
     return wanted
 
 
-def _states(wanted: set[str]) -> Command:
-    names = dict.fromkeys((*_CAPABILITIES, *sorted(wanted)))
-    states = [{"capability": name, "state": name in wanted} for name in names]
+def capabilities(wanted: Collection[str]) -> Command:
+    """The command that switches on what is wanted, and off whatever an earlier transfer may have left on."""
+    states = [{"capability": name, "state": name in wanted} for name in _CAPABILITIES]
     return Command("migrate-set-capabilities", {"capabilities": states})
 
 
@@ -148,12 +151,12 @@ def source_settings(options: MigrationOptions) -> tuple[Command, ...]:
     }
     if options.xbzrle_cache_bytes is not None:
         values["xbzrle-cache-size"] = options.xbzrle_cache_bytes
-    return (_states(wanted), Command("migrate-set-parameters", values))
+    return (capabilities(wanted), Command("migrate-set-parameters", values))
 
 
 def receiver_settings(options: MigrationOptions) -> tuple[Command, ...]:
     """Commands that set what a receiver must know before it listens."""
-    settings = [_states(_shared(options) | {"late-block-activate"})]
+    settings = [capabilities(_shared(options) | {"late-block-activate"})]
     if streams_of(options):
         settings.append(Command("migrate-set-parameters", _stream_values(options)))
     return tuple(settings)
@@ -182,9 +185,9 @@ def tls_settings(credentials: Credentials, *, server: bool, name: str) -> tuple[
     commands = [Command("object-add", {"id": TLS_ID, **credentials.object(server=server)})]
     if server and credentials.authorized is not None:
         authorization = {
-            "qom-type": "authz-list-file",
+            **read_rules(credentials.authorized),
+            "qom-type": "authz-list",
             "id": f"{TLS_ID}-authz",
-            "filename": credentials.authorized,
         }
         commands.append(Command("object-add", authorization))
         values["tls-authz"] = f"{TLS_ID}-authz"
