@@ -21,6 +21,7 @@ from ferryman.errors import HypervisorError
 from ferryman.types import DomainState
 from ferryman_qemu.monitor import Command, Monitor, MonitorError
 from ferryman_qemu.process import Process, find_strays
+from ferryman_qemu.storage import disks_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -463,4 +464,5 @@ def clean_up(run: RunDirectory, record: GuestRecord) -> None:
     """Remove what a process that is gone has left."""
     if record.socket and record.migration:
         Path(record.socket).unlink(missing_ok=True)
+        Path(disks_socket(record.socket)).unlink(missing_ok=True)
     run.remove()

@@ -20,7 +20,8 @@ guest whose disks are not whole at the destination.  A mirror is never pivoted: 
 its own disk.
 
 Files that were made are noted in the root before they are made, and removed when the migration is refused; once the
-guest has run on them they are its disks, and nobody removes them.
+guest has run on them they are its disks, and nobody removes them.  The note says which files they are, so that another
+one that somebody has put under the same name since is left alone.
 
 Sources: QEMU 7.2 qapi/block-core.json (blockdev-mirror), qapi/block-export.json, block/mirror.c; and what it was seen
 to do.
@@ -34,6 +35,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 from contextlib import suppress
@@ -53,7 +55,7 @@ from ferryman_qemu.streams import connect
 from ferryman_qemu.tls import TLS_ID
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -73,6 +75,7 @@ _NBD_MAGIC = b"NBDMAGIC"
 _FD_NAME = "ferryman-nbd"
 _ANSWER_S = 10.0
 _END_S = 20.0
+_NEW = ".new"
 _SAMPLE_S = 0.5
 _QEMU_IMG_S = 60.0
 _FIRST_LOCK_BYTE = 100
@@ -261,6 +264,9 @@ def wanted_copies(options: MigrationOptions, machine: Machine, told: dict[str, D
                 )
             continue
         named = target in options.copy_disks
+        if named and disk.readonly:
+            # Its node is read-only at the destination too, so nothing can write it there.
+            raise HypervisorError(f"the disk {target} is read-only: bring it there by other means")
         if named or (not options.copy_disks and not disk.readonly and not disk.shareable):
             found.append(disk)
     return found
@@ -293,34 +299,50 @@ def make_targets(
                 " remove it, or give another path by the option disks",
                 side=Side.DESTINATION,
             )
-    note = _note(root, migration_id)
     try:
-        note.parent.mkdir(mode=0o700, exist_ok=True)
-        _write_durably(note, json.dumps(paths))
+        _note(root, migration_id).parent.mkdir(mode=0o700, exist_ok=True)
+        _write_note(root, migration_id, dict.fromkeys(paths))
+        made = dict(zip(paths, [_make_empty(path) for path in paths], strict=True))
+        _write_note(root, migration_id, made)
         for disk in files:
             assert disk.source is not None
             _make(disk.source.path, disk, told[disk.target], copy)
     except (OSError, HypervisorError, subprocess.TimeoutExpired) as error:
-        remove_targets(root, migration_id)
+        with suppress(HypervisorError):  # the next opening tries again
+            remove_targets(root, migration_id)
         raise PrepareError(f"the copy's files cannot be made: {error}", side=Side.DESTINATION) from error
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("x") as file:
-        file.write(text)
+def _write_note(root: Root, migration_id: MigrationId, files: Mapping[str, list[int] | None]) -> None:
+    """Note files that are being made, durably: their paths, and device and inode of those that are there."""
+    note = _note(root, migration_id)
+    temporary = note.with_name(note.name + _NEW)
+    with temporary.open("w") as file:
+        file.write(json.dumps(files))
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(note)
+    directory = os.open(note.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _make_empty(path: str) -> list[int]:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return [status.st_dev, status.st_ino]
 
 
 def _make(path: str, disk: Disk, facts: DiskFacts, copy: StorageCopy) -> None:
     if facts.size_bytes <= 0:
         raise HypervisorError(f"the source does not say how large the disk {disk.target} is")
     if disk.format == "raw":
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(descriptor, facts.size_bytes)
-        finally:
-            os.close(descriptor)
+        os.truncate(path, facts.size_bytes)
         return
     program = shutil.which("qemu-img")
     if program is None:
@@ -337,46 +359,70 @@ def _make(path: str, disk: Disk, facts: DiskFacts, copy: StorageCopy) -> None:
     )
     if ended.returncode != 0:
         raise HypervisorError(ended.stderr.decode(errors="replace").strip()[:400])
-    os.chmod(path, 0o600)
 
 
 def remove_targets(root: Root, migration_id: MigrationId) -> None:
-    """Remove the files that were made for a migration whose guest never ran here; none is no error."""
+    """Remove the files that were made for a migration whose guest never ran here; none is no error.
+
+    :raises HypervisorError: one cannot be removed; it stays noted.
+    """
     note = _note(root, migration_id)
     try:
-        paths = json.loads(note.read_text())
+        files: dict[str, list[int] | None] = json.loads(note.read_text())
+        for path, identity in files.items():
+            _remove(path, identity)
+    except FileNotFoundError:
+        pass  # nothing was made
+    except (OSError, ValueError, AttributeError) as error:
+        raise HypervisorError(f"what {note} says was made cannot be removed: {error}") from error
+    keep_targets(root, migration_id)
+
+
+def _remove(path: str, identity: list[int] | None) -> None:
+    """Remove a file that was made: the one of that identity, or an empty one where a crash came before that."""
+    try:
+        status = os.lstat(path)
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
-        # Cut short by a crash before it was whole, and so before any file was made.
-        _log.warning("%s cannot be read: %s", note, error)
-        paths = []
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    note.unlink(missing_ok=True)
+    if identity is None:
+        ours = stat.S_ISREG(status.st_mode) and status.st_size == 0
+    else:
+        ours = identity == [status.st_dev, status.st_ino]
+    if ours:
+        os.unlink(path)
+    else:
+        _log.warning("%s is another file than the one that was made for a disk, and stays", path)
 
 
 def keep_targets(root: Root, migration_id: MigrationId) -> None:
     """The guest runs on the files that were made: they are its disks now."""
-    _note(root, migration_id).unlink(missing_ok=True)
+    note = _note(root, migration_id)
+    note.unlink(missing_ok=True)
+    note.with_name(note.name + _NEW).unlink(missing_ok=True)
 
 
-def stray_targets(root: Root) -> list[str]:
+def stray_targets(root: Root) -> set[str]:
     """Migrations for which files were made and not decided about."""
-    return [path.stem for path in (root.path / "made").glob("*.json")]
+    return {path.name.split(".")[0] for path in (root.path / "made").glob("*.json*")}
 
 
 async def export_disks(
-    guest: Guest, disks: Sequence[Disk], place: MigrationURI, *, ports: tuple[int, int] | None, tls: bool
+    guest: Guest,
+    disks: Sequence[Disk],
+    place: MigrationURI,
+    *,
+    address: str | None,
+    ports: tuple[int, int] | None,
+    tls: bool,
 ) -> str:
     """Let the source write the disks that it copies; at the destination.
 
     :param place: where the guest's memory arrives: the disks come to the same address, at another port or path.
+    :param address: on which to listen; None is that of ``place``.
     :returns: where the source connects to, as a migration URI.
     :raises HypervisorError: nothing can listen there, or QEMU does not export.
     """
-    listener, uri = _listener(place, ports)
+    listener, uri = _listener(place, address, ports)
     with listener:
         # Nothing follows a descriptor on a monitor before its answer.
         await guest.command_all(Command("getfd", {"fdname": _FD_NAME}, [listener.fileno()]))
@@ -402,21 +448,26 @@ async def export_disks(
     return uri.render()
 
 
-def _listener(place: MigrationURI, ports: tuple[int, int] | None) -> tuple[socket.socket, MigrationURI]:
+def disks_socket(path: str) -> str:
+    """Path of the unix socket to which disks come, beside that of the guest's memory."""
+    return f"{path}.disks"
+
+
+def _listener(
+    place: MigrationURI, address: str | None, ports: tuple[int, int] | None
+) -> tuple[socket.socket, MigrationURI]:
     """A socket that listens for the copies of disks, and where."""
     if place.protocol == "unix":
-        path = f"{place.path}.disks"
+        path = disks_socket(place.path)
         listener = socket.socket(socket.AF_UNIX)
         try:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
             listener.bind(path)
             listener.listen()
         except OSError as error:
             listener.close()
-            raise HypervisorError(f"the disks' socket {path} cannot be made: {error.strerror}") from error
+            raise HypervisorError(f"the disks' socket {path} cannot be made: {error}") from error
         return listener, MigrationURI(protocol="unix", path=path)
-    host = place.host or ""
+    host = address or place.host or ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     trouble: OSError | None = None
     for port in (0,) if ports is None else range(ports[0], ports[1] + 1):
@@ -470,6 +521,7 @@ class Copies:
         self._tasks = tasks
         self._show = show
         self._ended: set[str] = set()
+        self._total = 0
 
     async def run(self) -> None:
         """Copy until every disk is at both ends, where each further write of the guest goes too.
@@ -497,6 +549,7 @@ class Copies:
                     ready.add(name)
             finally:
                 sampling.cancel()
+        await self._show_once()
 
     async def _begin(self, name: str, target: str) -> None:
         await self._connect(name, target)
@@ -571,14 +624,18 @@ class Copies:
     async def _sample(self, scope: anyio.CancelScope) -> None:
         with scope:
             while True:
-                try:
-                    jobs = await self._guest.command("query-block-jobs")
-                except HypervisorError as error:
-                    _log.info("how far the disks have come could not be read: %s", error)
-                    return
-                ours = [job for job in jobs if job.get("device") in self._jobs]
-                self._show(sum(job["offset"] for job in ours), sum(job["len"] for job in ours))
+                await self._show_once()
                 await anyio.sleep(_SAMPLE_S)
+
+    async def _show_once(self) -> None:
+        try:
+            jobs = await self._guest.command("query-block-jobs")
+        except HypervisorError as error:
+            _log.info("how far the disks have come could not be read: %s", error)
+            return
+        ours = [job for job in jobs if job.get("device") in self._jobs]
+        self._total = sum(job["len"] for job in ours)
+        self._show(sum(job["offset"] for job in ours), self._total)
 
     async def set_speed(self, bytes_per_s: int) -> None:
         """Cap the copy of each disk; 0 is no cap. :raises HypervisorError: a copy has ended."""
@@ -612,6 +669,7 @@ class Copies:
                 )
         for name, target in self._jobs.items():
             await self._command(target, Command("blockdev-del", {"node-name": name}))
+        self._show(self._total, self._total)
 
 
 async def abandon_copies(guest: Guest) -> None:
