@@ -5,7 +5,8 @@
     ca-cert.pem                         who signs
     server-cert.pem, server-key.pem     shown when this host is the destination
     client-cert.pem, client-key.pem     shown when it is the source
-    clients.txt                         JSON rules of QEMU (qapi/authz.json): which clients may send; without it all
+    clients.txt                         which clients may send, as JSON: {"policy": "deny", "rules": [...]}, rules as in
+                                        qapi/authz.json; without it all
     keys.psk                            instead of certificates: one line, qemu:HEXADECIMAL
 
 The directory is ``pki`` below the root.  Both ends check each other: a source without a certificate of the same signer
@@ -16,11 +17,12 @@ Source: QEMU docs/system/tls.rst, qapi/crypto.json, qapi/authz.json.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from ferryman.errors import HypervisorError
 
 TLS_ID = "ferryman-tls"
 TLS_IDS = (TLS_ID, f"{TLS_ID}-authz")
@@ -36,6 +38,7 @@ class Credentials:
     """What one host has.
 
     :param authorized: file of the rules that say who may send here; None lets in whoever has a good certificate.
+        QEMU is given what it holds: the object that reads such a file itself cannot be made on the monitor of 7.2.
     """
 
     directory: str
@@ -48,6 +51,17 @@ class Credentials:
         if self.psk:
             return {"qom-type": "tls-creds-psk", **values, **({} if server else {"username": _PSK_USER})}
         return {"qom-type": "tls-creds-x509", **values, "verify-peer": True}
+
+
+def read_rules(path: str) -> dict[str, Any]:
+    """Read the rules that say who may send. :raises HypervisorError: they cannot be read, or are none."""
+    try:
+        rules = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise HypervisorError(f"the rules in {path} cannot be read: {error}") from error
+    if not isinstance(rules, dict) or not rules.keys() <= {"policy", "rules"}:
+        raise HypervisorError(f'{path} must hold {{"policy": ..., "rules": [...]}}')
+    return rules
 
 
 def find_credentials(directory: Path) -> Credentials | None:
