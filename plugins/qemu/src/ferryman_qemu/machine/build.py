@@ -692,12 +692,6 @@ def _character(
             values.append(f"path={escape(character.path)}")
         case "spicevmc":
             values.append(f"name={channel}")
-        case "qemu-vdagent":
-            values += [
-                "name=vdagent",
-                f"clipboard={on_off(character.clipboard)}",
-                f"mouse={on_off(character.mouse)}",
-            ]
     if character.log:
         values += [f"logfile={escape(character.log)}", f"logappend={on_off(character.log_append)}"]
     line.option("chardev", kind, *values)

@@ -191,7 +191,7 @@ class Interface(Device):
 class Character:
     """What is at the host's end of a port.
 
-    :param kind: pty, unix, tcp, file, dev, pipe, null, spicevmc or qemu-vdagent.
+    :param kind: pty, unix, tcp, file, dev, pipe, null or spicevmc.
     :param listen: QEMU listens instead of connecting.
     :param path: '' for a unix socket that is made beside the process.
     """
@@ -205,8 +205,6 @@ class Character:
     telnet: bool = False
     log: str = ""
     log_append: bool = True
-    clipboard: bool = False
-    mouse: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

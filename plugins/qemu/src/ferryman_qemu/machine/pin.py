@@ -116,6 +116,8 @@ def pin(machine: Machine, chooser: Chooser) -> Machine:
 
 
 def _pin_memory(root: Any, machine: Machine, chooser: Chooser) -> None:
+    if machine.memory.hugepage_bytes is not None:
+        return  # it comes in whole pages, and a little more would be a page that is not there
     if machine.cells:
         sizes = [chooser.memory(machine, cell.memory_bytes) for cell in machine.cells]
         for element, size in zip(root.findall("cpu/numa/cell"), sizes, strict=True):

@@ -1055,11 +1055,6 @@ def _character(node: Node, kinds: tuple[str, ...] = _CHARACTER_KINDS) -> Charact
         case "pty":
             if source is not None:
                 source.get("path")  # where it was last time
-        case "qemu-vdagent":
-            if source is not None:
-                clipboard, mouse = source.child("clipboard"), source.child("mouse")
-                values["clipboard"] = clipboard.switch("copypaste") if clipboard is not None else False
-                values["mouse"] = mouse.choice("mode", ("client", "server")) == "client" if mouse else True
     if log is not None:
         values["log"] = log.path("file")
         values["log_append"] = log.switch("append", default=True)
@@ -1132,11 +1127,12 @@ def _console(node: Node, number: int, before: Sequence[Port]) -> Port | None:
 
 
 def _channel(node: Node) -> Port:
-    character = _character(node, (*_CHARACTER_KINDS, "spicevmc", "qemu-vdagent"))
+    if node.get("type") == "qemu-vdagent":
+        raise node.error("QEMU does not migrate qemu-vdagent: use a SPICE display with type spicevmc")
+    character = _character(node, (*_CHARACTER_KINDS, "spicevmc"))
     target = node.need_child("target")
     target.choice("type", ("virtio",))
-    names = {"spicevmc": "com.redhat.spice.0", "qemu-vdagent": "com.redhat.spice.0"}
-    name = target.word("name", "channel", names.get(character.kind, ""))
+    name = target.word("name", "channel", "com.redhat.spice.0" if character.kind == "spicevmc" else "")
     return Port(
         **_common(node, "virtio-serial"),
         kind="channel",
