@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,18 +87,17 @@ class HostChooser:
         wanted.setdefault("secure-boot", False)
         wanted.setdefault("enrolled-keys", wanted["secure-boot"])
         for descriptor in _descriptors():
-            features = descriptor.get("features", ())
+            features = descriptor["features"]
             fits = (
-                "uefi" in descriptor.get("interface-types", ())
+                "uefi" in descriptor["interface-types"]
                 and _targets(descriptor, machine_type)
                 and all((name in features) == has for name, has in wanted.items())
             )
             if not fits:
                 continue
-            mapping = descriptor["mapping"]
             return ChosenFirmware(
-                code=str(mapping["executable"]["filename"]),
-                template=str(mapping["nvram-template"]["filename"]),
+                code=descriptor["executable"],
+                template=descriptor["nvram-template"],
                 secure="requires-smm" in features,
             )
         said = ", ".join(f"{name} {'on' if has else 'off'}" for name, has in wanted.items())
@@ -109,25 +109,52 @@ class HostChooser:
 
 def _targets(descriptor: dict[str, Any], machine_type: str) -> bool:
     return any(
-        target.get("architecture") == "x86_64"
-        and any(fnmatch(machine_type, pattern) for pattern in target.get("machines", ()))
-        for target in descriptor.get("targets", ())
+        target["architecture"] == "x86_64"
+        and any(fnmatch(machine_type, pattern) for pattern in target["machines"])
+        for target in descriptor["targets"]
     )
 
 
 def _descriptors() -> list[dict[str, Any]]:
-    """All readable descriptors of firmware in two flash chips, in the order of their names."""
+    """All descriptors of firmware in two flash chips that can be used, in the order of their names."""
     files: dict[str, Path] = {}
     for directory in reversed(FIRMWARE_DIRECTORIES):
         files |= {path.name: path for path in directory.glob("*.json")}
     found = []
     for name in sorted(files):
         try:
-            descriptor = json.loads(files[name].read_text())
-            mapping = descriptor["mapping"]
-            if mapping["device"] == "flash" and mapping.get("mode", "split") == "split":
-                mapping["executable"]["filename"], mapping["nvram-template"]["filename"]
-                found.append(descriptor)
+            text = files[name].read_text()
+            if not text.strip():
+                continue  # that is how a descriptor of a later directory is switched off
+            descriptor = _two_chips(json.loads(text))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            _log.warning("the firmware descriptor %s cannot be used: %s", files[name], error)
+            _log.warning("the firmware descriptor %s cannot be used: %r", files[name], error)
+            continue
+        if descriptor is not None:
+            found.append(descriptor)
     return found
+
+
+def _two_chips(document: Any) -> dict[str, Any] | None:
+    """What a descriptor says, with values of their types; None if it is not of two raw images that are here."""
+    mapping = document["mapping"]
+    if mapping["device"] != "flash" or mapping.get("mode", "split") != "split":
+        return None
+    chips = {name: mapping[name] for name in ("executable", "nvram-template")}
+    if any(chip["format"] != "raw" for chip in chips.values()):
+        return None
+    paths = {name: str(chip["filename"]) for name, chip in chips.items()}
+    if not all(os.access(path, os.R_OK) for path in paths.values()):
+        return None
+    return {
+        **paths,
+        "interface-types": [str(kind) for kind in document["interface-types"]],
+        "features": [str(name) for name in document.get("features", ())],
+        "targets": [
+            {
+                "architecture": str(target["architecture"]),
+                "machines": [str(pattern) for pattern in target["machines"]],
+            }
+            for target in document["targets"]
+        ],
+    }

@@ -18,6 +18,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from zlib import crc32
 
 from ferryman.errors import HypervisorError
 
@@ -90,9 +91,13 @@ class LocalSite:
         return time.time()
 
     def free_port(self, address: str, first: int) -> int:
-        """A port that nobody has; somebody else may take it before QEMU does, which QEMU then says."""
+        """A port that nobody has; somebody else may take it before QEMU does, which QEMU then says.
+
+        Domains begin to look at different ports, so that those that start at once meet seldom.
+        """
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        for port in range(first, first + _PORTS):
+        begin = crc32(self._uuid.encode()) % _PORTS
+        for port in (first + (begin + number) % _PORTS for number in range(_PORTS)):
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
