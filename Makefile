@@ -5,7 +5,7 @@ BIN := .venv/bin
 SETUP = @$(PYTHON) tests/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test model check lint types imports spelling docs bench safety fault wheels pins clean \
+.PHONY: help demo test model qemu check lint types imports spelling docs bench safety fault wheels pins clean \
 	setup-check setup-docs setup-test
 
 help: ## list the targets
@@ -39,6 +39,9 @@ docs: setup-docs ## build the documentation into docs/_build/html
 
 model: setup-test ## explore the handover, and mutants of it, in every state of small worlds
 	@$(BIN)/python -m tests.model
+
+qemu: setup-test ## every option of migrations, and every definition, on real QEMU
+	@$(BIN)/python -m tests.options.summary
 
 bench: ## measure migrations, and those of others
 	$(SETUP) bench

@@ -17,7 +17,7 @@ from tests.options.cases import CASES, Case
 from tests.options.run import Outcome, started
 
 PAGE = Path(__file__).parents[2] / "docs/reference/qemu-options.md"
-_RESULTS = Path(".cache/results/options.json")
+RESULTS = Path(".cache/results/options.json")
 _HEAD = """\
 # Options of QEMU's migrations
 
@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "passes": sum(case.outcome == "passes" for case in cases),
         "wrong": [f"{o.case.option}: {asked(o.case)}: {o.outcome}" for o in outcomes if not o.ok],
     }
-    _RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    _RESULTS.write_text(json.dumps(figures, indent=1))
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(figures, indent=1))
     ok = bool(cases) and good == len(cases)
     print(f"options: {'ok' if ok else 'FAILED'} tested={good}/{len(cases)} {json.dumps(figures)}")
     return 0 if ok else 1

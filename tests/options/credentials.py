@@ -33,10 +33,14 @@ def _files(kind: str) -> dict[str, bytes]:
         return {"keys.psk": f"qemu:{_KEYS[kind]}\n".encode()}
     authority = _authority("other" if kind == "other signer" else "usual")
     names = ("elsewhere", "192.0.2.1") if kind == "other name" else (HOST, "127.0.0.1", "::1")
-    ends = {"not_before": _PAST, "not_after": _PAST + datetime.timedelta(days=1)} if kind == "expired" else {}
     files = {"ca-cert.pem": authority.cert_pem.bytes()}
     for side, known in (("server", names), ("client", ("host-s",))):
-        made = authority.issue_cert(*known, common_name=known[0], **ends)
+        made = authority.issue_cert(
+            *known,
+            common_name=known[0],
+            not_before=_PAST if kind == "expired" else None,
+            not_after=_PAST + datetime.timedelta(days=1) if kind == "expired" else None,
+        )
         files[f"{side}-cert.pem"] = b"".join(blob.bytes() for blob in made.cert_chain_pems)
         files[f"{side}-key.pem"] = made.private_key_pem.bytes()
     if kind == "nobody may send":

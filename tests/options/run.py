@@ -18,7 +18,7 @@ import anyio.to_thread
 import ferryman
 from ferryman import GuestState, MigrationOptions, Phase, PhaseEvent, ProgressEvent
 from ferryman.errors import FerrymanError, MigrationError, OptionError, PlanBlockedError
-from ferryman.types import DomainState
+from ferryman.types import DomainState, MigrationEvent
 from tests.guests.counter import CounterGuest
 from tests.guests.inspect import dump_memory, pids
 from tests.options.cases import MIB, Case
@@ -180,7 +180,7 @@ class Course:
                 changed = re.sub(*case.edit, definition) if case.edit[0] else definition
                 assert (changed == definition) == (not case.edit[0])
                 values["destination_definition"] = changed
-            events: list[ferryman.MigrationEvent] = []
+            events: list[MigrationEvent] = []
             try:
                 await self._attempt(case, values, domain, destination, events)
             except OptionError as error:
@@ -212,7 +212,7 @@ class Course:
         values: dict[str, Any],
         domain: ferryman.Domain,
         destination: ferryman.Connection,
-        events: list[ferryman.MigrationEvent],
+        events: list[MigrationEvent],
     ) -> None:
         plan = await domain.plan_migration(destination, MigrationOptions(**values))
         async with plan.execute() as job:
@@ -232,7 +232,7 @@ class Course:
         destination: ferryman.Connection,
         source: ferryman.Connection,
         values: dict[str, Any],
-        events: list[ferryman.MigrationEvent],
+        events: list[MigrationEvent],
         outcome: Outcome,
     ) -> None:
         """Look at what only this case has changed."""
