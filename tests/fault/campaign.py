@@ -107,6 +107,10 @@ class Case:
     brief: bool = False
     again: bool = False
 
+    def start(self, lab: Lab, directory: Path) -> Run:
+        """Make the case's run."""
+        return Run(lab, self, directory)
+
     @property
     def predicted(self) -> frozenset[str]:
         """Where the guest may be in the end."""
@@ -242,7 +246,7 @@ class Lab:
         begin_s = time.monotonic()
         directory = self.directory / str(self._numbers)
         directory.mkdir()
-        run = _Run(self, case, directory)
+        run = case.start(self, directory)
         try:
             run.go()
         except CampaignError as error:
@@ -267,7 +271,7 @@ def _is_plain(directory: str, name: str) -> bool:
     return path.is_dir() or path.is_file()
 
 
-class _Run:
+class Run:
     """One case under way."""
 
     def __init__(self, lab: Lab, case: Case, directory: Path) -> None:
@@ -345,6 +349,7 @@ class _Run:
             "listen_address": listen,
             "lease_s": _LEASE_S,
             "patience_s": _PATIENCE_S,
+            **self._more_options(),
         }
         if scripted and (scenario.slow or self.case.point.startswith(TRANSFER)):
             options["bandwidth_bytes_per_s"] = _SLOW_BYTES_PER_S
@@ -359,6 +364,9 @@ class _Run:
         return Program(
             "c", self._lab.network.inside("c", argv), self._heard, self._directory / "coordinator.log"
         )
+
+    def _more_options(self) -> dict[str, object]:
+        return {}
 
     # What they say
 
@@ -486,7 +494,7 @@ class _Run:
 
     def go(self) -> None:
         """Migrate, strike, let all settle, and look."""
-        self._guest.write_image(self._image)
+        self._write_image()
         witness = self._stack.enter_context(Witness())
         self._witness = witness
         for place in "ab":
@@ -504,6 +512,7 @@ class _Run:
             self._lab.probe = (self._root("a") / "probe.json").read_bytes()
         self._wait("the managers", lambda: all(manager.ready for manager in self._managers.values()))
         self._coordinator.say("go")
+        self._begun()
         self._until_quiet()
         self._settle()
         outcome = self._look()
@@ -511,6 +520,12 @@ class _Run:
             self._migrate_again(outcome)
         self._end()
         self._read_traces()
+
+    def _write_image(self) -> None:
+        self._guest.write_image(self._image)
+
+    def _begun(self) -> None:
+        """Do what is to be done once the migration has been told to begin."""
 
     def _wait(self, what: str, test: Callable[[], bool]) -> None:
         end_s = time.monotonic() + _PROMPT_S
@@ -825,6 +840,7 @@ __all__ = [
     "RUN_TWICE",
     "Case",
     "Lab",
+    "Run",
     "Result",
     "all_cases",
     "reached_by",

@@ -22,7 +22,7 @@ from ferryman.errors import FerrymanError, MigrationError
 from ferryman.handover import Cookie, PaperKind, decode_cookie, encode_cookie
 from ferryman.hookspecs import OpenReply
 from ferryman.registry import Hooks
-from ferryman.types import DomainInfo, DomainUUID, MigrationId, Side, Tuning
+from ferryman.types import DomainInfo, DomainUUID, MigrationId, Side, StorageCopy, Tuning
 from ferryman.uri import ConnectionURI
 from tests.fault.rpc import Link, Progress
 
@@ -216,6 +216,16 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
+def _options(text: str) -> MigrationOptions:
+    """Options from JSON, which has neither enums nor tuples."""
+    told = json.loads(text)
+    if "copy_storage" in told:
+        told["copy_storage"] = StorageCopy(told["copy_storage"])
+    if "disks" in told:
+        told["disks"] = tuple((target, path) for target, path in told["disks"])
+    return MigrationOptions(**told)
+
+
 async def _again(source: Connection, destination: Connection, papers: Papers) -> None:
     """Show every paper once more, as a coordinator that does not know what it has said."""
     shown = [
@@ -241,7 +251,7 @@ async def _main(arguments: argparse.Namespace) -> None:
         FarConnection(uri, (host, int(port)), papers)
         for uri, host, port in (arguments.source, arguments.destination)
     ]
-    options = MigrationOptions(**json.loads(arguments.options))
+    options = _options(arguments.options)
     told: dict[str, object]
     await anyio.to_thread.run_sync(sys.stdin.readline)
     try:
