@@ -29,11 +29,16 @@ BRIDGE = "ferrytest0"
 _ONE_HOST = {
     "serial-kinds": "its TCP port",
     "redirection-tcp": "its TCP port",
+    "graphics-ports": "its displays' ports",
+    "interface-tap": "its tap",
 }
 """Definitions of which one machine has room for one guest, with what there is once."""
 
 _LACKING = {
     "disk-block": "QEMU did not start domain disk-block: .*host_device",
+    "vsock": "QEMU did not start domain vsock: .*vhost-vsock",
+    "vsock-non-transitional": "QEMU did not start domain vsock-non-transitional: .*vhost-vsock",
+    "interface-tap-elsewhere": "the tap ferrytest2 is not there",
     "disk-nbd": "QEMU did not start domain disk-nbd: .*Failed to connect",
     "virt-install-hugepages": "QEMU did not start domain hugepages: .*Cannot allocate memory",
     "interface-bridge": f"the bridge {BRIDGE} cannot take an interface: No such device",
