@@ -313,11 +313,13 @@ def check_disks(request: CheckRequest, machine: Machine) -> list[Finding]:
             findings += _check_copy(disk, told[disk.target], options)
         else:
             facts = told.get(disk.target)
-            findings += _check_shared(disk.source.path, facts.identity if facts is not None else None)
+            findings += _check_shared(
+                disk.source.path, facts.identity if facts is not None else None, fixed=disk.readonly
+            )
     return findings
 
 
-def _check_shared(path: str, told: list[str | int] | None) -> list[Finding]:
+def _check_shared(path: str, told: list[str | int] | None, *, fixed: bool) -> list[Finding]:
     here = identify(path)
     if here is None or not os.access(path, os.R_OK):
         return [
@@ -325,7 +327,7 @@ def _check_shared(path: str, told: list[str | int] | None) -> list[Finding]:
                 "storage-missing",
                 Side.DESTINATION,
                 f"{path} cannot be read there",
-                "share the storage, or copy it (option copy_storage)",
+                "share the storage" if fixed else "share the storage, or copy it (option copy_storage)",
             )
         ]
     if not is_same(path, here, told):
@@ -334,7 +336,8 @@ def _check_shared(path: str, told: list[str | int] | None) -> list[Finding]:
                 "storage-not-shared",
                 Side.DESTINATION,
                 f"{path} there is another file than at the source",
-                "put the disk on storage that both hosts share, or remove that file and set copy_storage",
+                "put the disk on storage that both hosts share"
+                + ("" if fixed else ", or remove that file and set copy_storage"),
             )
         ]
     return []
