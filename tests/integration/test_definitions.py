@@ -163,3 +163,68 @@ def test_a_network_block_device(directory: Path, hosts: list[ferryman.sync.Conne
     finally:
         end_process(int(pidfile.read_text()))
         (directory / "nbd").unlink()
+
+
+# What virt-install asks of libvirt, in the words of this driver's machines; so it needs no libvirtd.
+_CAPABILITIES = """\
+<capabilities>
+  <host> <cpu> <arch>x86_64</arch> </cpu> </host>
+  <guest>
+    <os_type>hvm</os_type>
+    <arch name="x86_64">
+      <wordsize>64</wordsize> <emulator>{emulator}</emulator>
+      <machine>pc</machine> <machine>q35</machine>
+      <domain type="qemu"/>
+    </arch>
+    <features> <acpi default="on" toggle="yes"/> <apic default="on" toggle="no"/> </features>
+  </guest>
+</capabilities>
+"""
+_DOMAIN_CAPABILITIES = """\
+<domainCapabilities>
+  <path>{emulator}</path> <domain>qemu</domain> <machine>q35</machine> <arch>x86_64</arch>
+  <os supported="yes"> <enum name="firmware"> <value>efi</value> </enum> </os>
+</domainCapabilities>
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--import"],
+        ["--import", "--graphics", "none"],
+        ["--import", "--boot", "uefi", "--graphics", "vnc"],
+        ["--import", "--machine", "pc", "--graphics", "vnc"],
+        ["--cdrom", "cd.iso"],
+    ],
+    ids=["plain", "headless", "uefi", "pc", "install"],
+)
+def test_what_virt_install_writes_now(
+    options: list[str],
+    directory: Path,
+    hosts: list[ferryman.sync.Connection],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need("virt-install", here=shutil.which("virt-install") is not None)
+    emulator = shutil.which("qemu-system-x86_64")
+    for name, text in (("caps", _CAPABILITIES), ("domcaps", _DOMAIN_CAPABILITIES)):
+        (directory / name).write_text(text.format(emulator=emulator))
+    where = f"caps={directory / 'caps'},domcaps={directory / 'domcaps'},fakeuri=qemu:///system"
+    # It keeps a cache and a log below its home.
+    monkeypatch.setenv("HOME", str(directory))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+    printed = subprocess.run(
+        ["virt-install", "--connect", f"__virtinst_test__test:///default,{where}", "--virt-type", "qemu"]
+        + ["--print-xml", "1", "--dry-run", "--name", "fresh", "--memory", "64", "--osinfo", "linux2020"]
+        + ["--disk", f"path={directory / 'disk.raw'}", "--network", "user"]
+        + [str(directory / option) if option == "cd.iso" else option for option in options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert printed.returncode == 0, printed.stderr
+    domain = hosts[0].define(printed.stdout)
+    domain.start(paused=True)
+    domain.destroy()
+    domain.undefine()

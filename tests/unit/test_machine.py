@@ -146,6 +146,10 @@ def test_places_do_not_depend_on_the_order_of_what_has_them(name: str) -> None:
 # Nothing is passed over
 
 
+def again(text: str) -> Any:
+    return etree.fromstring(text)
+
+
 def elements(root: Any) -> list[Any]:
     """Elements below which something unknown is an error."""
     found = []
@@ -170,7 +174,7 @@ def test_an_unknown_element_is_refused_wherever_it_stands(name: str, data: st.Da
     parent = data.draw(st.sampled_from(elements(root)))
     parent.insert(data.draw(st.integers(0, len(parent))), etree.Element("bogus"))
     text = etree.tostring(root, encoding="unicode")
-    (stranger,) = etree.fromstring(text).iter("bogus")
+    (stranger,) = again(text).iter("bogus")
     with pytest.raises(DefinitionError) as caught:
         read_machine(text)
     assert caught.value.line == stranger.sourceline
@@ -186,7 +190,7 @@ def test_an_unknown_attribute_is_refused_wherever_it_stands(
     element = data.draw(st.sampled_from(elements(root)))
     element.set(attribute, "1")
     text = etree.tostring(root, encoding="unicode")
-    (changed,) = [one for one in etree.fromstring(text).iter() if attribute in one.attrib]
+    (changed,) = [one for one in again(text).iter() if attribute in one.attrib]
     with pytest.raises(DefinitionError) as caught:
         read_machine(text)
     assert caught.value.line == changed.sourceline
@@ -256,7 +260,14 @@ def test_every_field_of_a_device_changes_the_command_line() -> None:
     seen: dict[tuple[str, str], set[str]] = {}
     for text in TEXTS.values():
         machine = pinned(text)
-        for device in (*machine.devices, machine.cpu, machine.boot, machine.clock, machine.features):
+        parts: tuple[Any, ...] = (
+            *machine.devices,
+            machine.cpu,
+            machine.boot,
+            machine.clock,
+            machine.features,
+        )
+        for device in parts:
             for one in fields(device):
                 key = (type(device).__name__, one.name)
                 seen.setdefault(key, set()).add(repr(getattr(device, one.name)))
@@ -447,15 +458,14 @@ def test_broken_descriptors_are_left_out(
     monkeypatch.setattr(choose, "FIRMWARE_DIRECTORIES", (tmp_path,))
     descriptor(tmp_path, "60-good")
     (tmp_path / "10-broken.json").write_text(content, encoding="latin-1")
-    for number, change in enumerate(
-        (
-            {"targets": 1},
-            {"targets": [{}]},
-            {"features": 5},
-            {"interface-types": None},
-            {"targets": [{"architecture": 1}]},
-        )
-    ):
+    broken: tuple[dict[str, Any], ...] = (
+        {"targets": 1},
+        {"targets": [{}]},
+        {"features": 5},
+        {"interface-types": None},
+        {"targets": [{"architecture": 1}]},
+    )
+    for number, change in enumerate(broken):
         descriptor(tmp_path, f"2{number}-broken", **change)
     descriptor(tmp_path, "30-missing")
     (tmp_path / "30-missing.code").unlink()
