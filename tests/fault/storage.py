@@ -1,8 +1,9 @@
 """``python -m tests.fault.storage``: migrations that copy the guest's disk, cut at random moments, on real QEMU.
 
-The guest writes its counter to its disk and to its serial port, so that a disk says how far it has come.  Afterwards
-the guest is stopped where it runs, and its disk must hold exactly the tick that the last one heard calls for: an older
-one is a lost write, a newer one a doubled one.
+The guest writes its counter to its disk and to its serial port, so that a disk says how far it has come.  Most guests
+are to arrive paused: before such a one runs, its disk must be what the source's was at the switch, byte for byte, since
+the next write would hide a lost one.  Afterwards the guest is stopped where it runs, and its disk must hold exactly the
+tick that the last one heard calls for: an older one is a lost write, a newer one a doubled one.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ _LASTS_S = 2.4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageCase(Case):
-    """One migration that copies the disk, and a strike so many seconds after it was told to begin."""
+    """One migration that copies the disk, and a strike so many seconds after it was told to begin.
+
+    :param paused: let the guest arrive paused.
+    """
+
+    paused: bool = False
 
     def start(self, lab: Lab, directory: Path) -> Run:
         """Make the case's run."""
@@ -65,6 +71,8 @@ class _StorageRun(Run):
 
     def __init__(self, lab: Lab, case: Case, directory: Path) -> None:
         super().__init__(lab, case, directory)
+        assert isinstance(case, StorageCase)
+        self._paused = case.paused
         self._guest = _GUEST
         self._source_image = directory / "image"
         self._copy = directory / "copy"
@@ -76,6 +84,7 @@ class _StorageRun(Run):
             "copy_storage": "full",
             "copy_bandwidth_bytes_per_s": _COPY_BYTES_PER_S,
             "disks": [["hda", str(self._copy)]],
+            "paused": self._paused,
         }
 
     def _write_image(self) -> None:
@@ -109,6 +118,8 @@ class _StorageRun(Run):
         # No tick of the guest's may be older on the disk that it has now than on the one that it had.
         if found["destination"]:
             self._image = self._copy
+            if not found["source"]:
+                self._run_arrived()
         if not any(found.values()):
             return self._look_at_none()
         outcome = super()._look()
@@ -116,6 +127,20 @@ class _StorageRun(Run):
         if place is not None:
             self._look_at_disks(outcome, self._root(place))
         return outcome
+
+    def _run_arrived(self) -> None:
+        """Hold the disk of a guest that has arrived and not run against the source's, then run it."""
+        (directory,) = run_directories(self._root("b"))
+        with QMPSocket(directory / "read") as qmp:
+            if qmp.execute("query-status")["status"] != "paused":
+                return
+            self._check_window(self._copy)
+            if self._copy.read_bytes() != self._source_image.read_bytes():
+                ticks = [_GUEST.tick_on_disk(path) for path in (self._source_image, self._copy)]
+                self.result.violations.append(
+                    f"{LOST}: the disks differ at the switch, and hold the ticks {ticks}"
+                )
+            qmp.execute("cont")
 
     def _look_at_none(self) -> str:
         """The guest is nowhere: then it was its own QEMU that was killed, and its disk is whole."""
@@ -201,6 +226,7 @@ def storage_cases(count: int, randomly: random.Random) -> list[Case]:
                 fault=FAULTS[number % len(FAULTS)],
                 moment_s=_LASTS_S * randomly.uniform(low, high),
                 brief=number % 2 == 0,
+                paused=number % 4 != 3,
             )
         )
     return cases

@@ -302,11 +302,18 @@ async def test_back_and_forth_under_load(writer: Field) -> None:
             before = writer.witness.last()
             assert before is not None
             options = MigrationOptions(
-                copy_storage=FULL, disks=(("hda", str(there)),), copy_synchronously=number % 2 == 1
+                copy_storage=FULL,
+                disks=(("hda", str(there)),),
+                copy_synchronously=number % 2 == 1,
+                paused=number % 4 < 2,
             )
             await domain.migrate(hosts[1 - number % 2], options)
             domain = await hosts[1 - number % 2].lookup_by_name(NAME)
             kept = WRITER.tick_on_disk(path)
+            if options.paused:
+                # Before the next write can hide a lost one.
+                assert path.read_bytes() == there.read_bytes()
+                await domain.resume()
             assert before.value - 2 * WRITER.disk_ticks <= kept
             await assert_disk_is_the_guests(writer, domain, there)
             assert kept == WRITER.tick_on_disk(path) < WRITER.tick_on_disk(there)
