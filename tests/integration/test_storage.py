@@ -324,6 +324,49 @@ async def test_back_and_forth_under_load(writer: Field) -> None:
         await domain.destroy()
 
 
+@contextmanager
+def loop_device(path: Path, size: int) -> Iterator[Path]:
+    """A block device of a size, made of a file."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    done = subprocess.run(
+        ["losetup", "-f", "--show", str(path)], capture_output=True, text=True, check=False, timeout=PROMPT_S
+    )
+    need("the right to make a loop device", here=done.returncode == 0)
+    device = done.stdout.strip()
+    try:
+        yield Path(device)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True, timeout=PROMPT_S)
+
+
+async def test_a_block_device_is_copied_into(writer: Field) -> None:
+    async with both(writer) as (a, b):
+        domain = await start(writer, a)
+        image_path = writer.directory / "image"
+        with (
+            loop_device(writer.directory / "right", MIB) as device,
+            loop_device(writer.directory / "wrong", 2 * MIB) as wrong,
+        ):
+
+            def options(path: Path, definition: str) -> MigrationOptions:
+                there = definition.replace("<disk type='file'", "<disk type='block'", 1)
+                there = there.replace('<disk type="file"', '<disk type="block"', 1)
+                for quote in "'\"":
+                    there = there.replace(f"file={quote}{image_path}{quote}", f"dev={quote}{path}{quote}")
+                return MigrationOptions(copy_storage=FULL, destination_definition=there, paused=True)
+
+            definition = await domain.definition()
+            plan = await domain.plan_migration(b, options(wrong, definition))
+            assert [finding.code for finding in plan.blockers] == ["storage-copy"]
+            await domain.migrate(b, options(device, definition))
+            domain = await b.lookup_by_name(NAME)
+            assert device.read_bytes() == image_path.read_bytes()
+            await domain.resume()
+            await assert_disk_is_the_guests(writer, domain, device)
+            await domain.destroy()
+
+
 # What the plan finds
 
 
