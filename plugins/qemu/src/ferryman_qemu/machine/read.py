@@ -149,7 +149,7 @@ def read_definition(definition: Definition) -> Machine:
         redirections=tuple(map(_redirection, devices.children("redirdev"))),
         **_commandline(root),
     )
-    _refuse_known(devices)
+    _refuse_known(root, devices)
     root.finish(IGNORED)
     _check(found, root)
     return found
@@ -164,16 +164,26 @@ _KNOWN_REFUSALS = {
     "iommu": "an IOMMU for the guest is not supported",
     "lease": "leases of lock managers are not supported: the journal and the image locks do that",
     "nvram": "<nvram> belongs into <os>",
-    "maxMemory": "memory modules are not supported: give the guest all memory in <memory>",
     "hub": "USB hubs are not supported: a controller with more ports does the same",
 }
 
 
-def _refuse_known(devices: Node) -> None:
+_KNOWN_REFUSALS_OF_DOMAIN = {
+    "maxMemory": "memory modules are not supported: give the guest all memory in <memory>",
+    "launchSecurity": "memory that is encrypted for one host does not move with the guest",
+    **dict.fromkeys(
+        ("cputune", "numatune", "memtune", "blkiotune"),
+        "shares of a host are given to the process by whoever calls, with groups of processes (cgroups)",
+    ),
+}
+
+
+def _refuse_known(root: Node, devices: Node) -> None:
     """Say why, of what people often have."""
-    for tag, reason in _KNOWN_REFUSALS.items():
-        for node in devices.children(tag):
-            raise node.error(f"<{tag}> is not supported: {reason}")
+    for parent, reasons in ((root, _KNOWN_REFUSALS_OF_DOMAIN), (devices, _KNOWN_REFUSALS)):
+        for tag, reason in reasons.items():
+            for node in parent.children(tag):
+                raise node.error(f"<{tag}> is not supported: {reason}")
 
 
 # The machine
