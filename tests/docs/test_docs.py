@@ -15,6 +15,7 @@ import ferryman.sync
 from ferryman import errors
 from ferryman.hookspecs import DriverHooks, ObserverHooks, hook_names
 from ferryman.types import MigrationOptions
+from ferryman_qemu.machine import IGNORED
 from tests.qemu import laid_out
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,3 +81,9 @@ def test_every_finding_stands_in_the_list() -> None:
         found |= set(re.findall(r"\bcode=\"([a-z-]+)\"", text))
     assert len(found) > 15
     assert {code for code in found if f"| `{code}` |" not in page} == set()
+
+
+def test_every_element_without_effect_stands_in_the_list() -> None:
+    page = (ROOT / "docs/use/qemu-definitions.md").read_text()
+    listed = page.partition("## Accepted without effect")[2].partition("## ")[0]
+    assert dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", listed, re.MULTILINE)) == IGNORED
