@@ -109,6 +109,11 @@ _TEST_PROGRAMS = (
     Program(package="nasm", name="nasm"),
     Program(package="iproute2", name="ip"),
     Program(package="iptables", name="iptables-restore"),
+    Program(package="swtpm", name="swtpm"),
+    # Firmware has no executable: what runs it stands for it, and the package itself is looked up.
+    Program(package="ovmf", name="qemu-system-x86_64", shared_name=True),
+    # It brings osinfo-db, what it knows of operating systems, too.
+    Program(package="virtinst", name="virt-install"),
     # It brings libvirt's schema of domain definitions too.
     Program(package="libvirt-clients", name="virsh"),
     Program(package="qemu-guest-agent", name="qemu-ga"),
