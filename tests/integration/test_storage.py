@@ -449,6 +449,26 @@ async def test_a_file_under_the_same_name_is_not_the_same(writer: Field) -> None
         await domain.destroy()
 
 
+FACTS = {"path": "/x", "identity": None, "format": "raw", "size_bytes": 1, "allocated_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": 1},
+        {"identity": "x"},
+        {"format": None},
+        {"size_bytes": "1"},
+        {"size_bytes": True},
+        {"backing": []},
+    ],
+)
+def test_facts_of_another_kind(change: dict[str, object]) -> None:
+    assert decode_facts(json.dumps({"vda": FACTS}))["vda"].size_bytes == 1
+    with pytest.raises(HypervisorError, match="disk vda cannot be read"):
+        decode_facts(json.dumps({"vda": {**FACTS, **change}}))
+
+
 @pytest.mark.parametrize(
     "text",
     ["[]", "[1]", "{", "null", '{"vda": 1}', '{"vda": {"path": 1}}', '{"vda": {"size": 3}}', '"x"', "7"],

@@ -116,9 +116,16 @@ def encode_facts(facts: dict[str, DiskFacts]) -> str:
 def decode_facts(text: str) -> dict[str, DiskFacts]:
     """Read what :func:`encode_facts` has written. :raises HypervisorError: it is something else."""
     try:
-        return {target: DiskFacts(**one) for target, one in json.loads(text or "{}").items()}
+        found = {target: DiskFacts(**one) for target, one in json.loads(text or "{}").items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise HypervisorError(f"what the source tells of its disks cannot be read: {error}") from error
+    for target, facts in found.items():
+        texts = (facts.path, facts.format, facts.backing, facts.backing_format)
+        numbers = (facts.size_bytes, facts.allocated_bytes)
+        whole = all(isinstance(one, str) for one in texts) and all(type(one) is int for one in numbers)
+        if not whole or not isinstance(facts.identity, list | None):
+            raise HypervisorError(f"what the source tells of the disk {target} cannot be read")
+    return found
 
 
 async def learn_facts(guest: Guest | None, machine: Machine) -> dict[str, DiskFacts]:
