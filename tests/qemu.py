@@ -257,6 +257,17 @@ class Relay:
             self._theirs.shutdown(socket.SHUT_WR)
 
 
+class RawRelay(Relay):
+    """Passes whatever comes on, both ways: what is encrypted, and what a mended stream begins with."""
+
+    def _answer(self) -> None:
+        with suppress(OSError):
+            while data := self._ours.recv(16384):
+                self._theirs.sendall(data)
+        # A receiver that is gone takes nothing any more, and the source has to learn it.
+        self._cut()
+
+
 _SHUT = 1  # MIG_RP_MSG_SHUT (QEMU 7.2, migration/migration.h)
 
 

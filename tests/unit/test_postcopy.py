@@ -44,6 +44,7 @@ from ferryman.types import (
     Side,
     TransferEvidence,
     TransferStatistics,
+    Tuning,
 )
 
 INFO = DomainInfo(
@@ -83,8 +84,7 @@ class Hypervisor:
                 return BeginReply(definition="<domain/>", paused=False, process="source")
             case "migrate_prepare":
                 return PrepareReply(process="receiver")
-            case "migrate_tune":
-                assert request.tuning.postcopy
+            case "migrate_tune" if request.tuning.postcopy:
                 self.switched.set()
             case "migrate_perform":
                 await self.switched.wait()
@@ -246,6 +246,21 @@ async def test_a_half_that_is_gone_loses_the_guest(tmp_path: Path, half: str) ->
         assert confirmed.guest_gone
         assert a.record(Side.SOURCE, begun) is Record.GIVEN
         assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+async def test_what_is_sent_after_the_switch_can_be_tuned_until_it_ends(tmp_path: Path) -> None:
+    tuning = Tuning(postcopy_bandwidth_bytes_per_s=0)
+    async with two(tmp_path) as (a, b):
+        begun, claim = await claimed(a, b)
+        await a.host.tune(begun.id, tuning)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(a.host.confirm, claim.cookie)
+            await told(a, "migrate_serve")
+            await a.host.tune(begun.id, tuning)
+            assert a.hypervisor.told.count("migrate_tune") == 3
+            a.hypervisor.every_page.set()
+        with pytest.raises(DomainStateError, match="nothing to change"):
+            await a.host.tune(begun.id, tuning)
 
 
 async def test_only_a_guest_that_was_claimed_is_mended(tmp_path: Path) -> None:

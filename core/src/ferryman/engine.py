@@ -564,13 +564,13 @@ class Host:
             await run.sending.wait()
 
     async def tune(self, migration_id: MigrationId, tuning: Tuning) -> None:
-        """Change a running transfer.
+        """Change a running transfer, or what is sent after it in post-copy.
 
-        :raises DomainStateError: no transfer of that migration runs here.
+        :raises DomainStateError: nothing of that migration is sent here.
         """
         await self._await_sending(migration_id)
         run = self._runs.get((Side.SOURCE, migration_id))
-        if run is None or run.transfer is None:
+        if run is None or not _sends(run):
             raise DomainStateError(
                 f"migration {migration_id} is not sending, so there is nothing to change",
                 domain=run.row.name if run is not None else "",
@@ -1312,6 +1312,14 @@ class Host:
 
     def _cookie(self, run: _Run, kind: PaperKind, extra: tuple[tuple[str, str], ...] = ()) -> bytes:
         return encode_cookie(Cookie(paper=run.row.paper(kind), address=self.address, extra=extra))
+
+
+def _sends(run: _Run) -> bool:
+    """Whether something is being sent: the transfer, or in post-copy the pages after it."""
+    if run.serving is not None:
+        return not run.serving.is_set()
+    switched = run.transfer_reply is not None and run.transfer_reply.switched
+    return run.transfer is not None or (switched and not run.done)
 
 
 def _under_way(run: _Run) -> bool:
