@@ -9,8 +9,11 @@ Sources: Linux Documentation/networking/tuntap.rst; linux/sockios.h; swtpm(8).
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -25,6 +28,8 @@ from ferryman.errors import HypervisorError
 if TYPE_CHECKING:
     from ferryman_qemu.machine import Interface, Machine
     from ferryman_qemu.root import Root, RunDirectory
+
+_log = logging.getLogger(__name__)
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP = 0x0002
@@ -133,7 +138,10 @@ class LocalSite:
         return str(path)
 
     def tpm(self) -> int:
-        """Start swtpm for the process to come; it ends when that lets go of the connection."""
+        """Start swtpm for the process to come; it ends when that has begun to use it and lets go of the connection.
+
+        One whose process ended before that goes on waiting (seen on swtpm 0.7.1), and is ended at the next start.
+        """
         program = shutil.which("swtpm")
         if program is None:
             raise HypervisorError("swtpm is not installed: on Debian, apt-get install swtpm")
@@ -143,6 +151,7 @@ class LocalSite:
             state = self._root.tpm(self._uuid)
             try:
                 state.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _end_left_over(state)
                 ended = subprocess.run(
                     [
                         program,
@@ -154,6 +163,8 @@ class LocalSite:
                         f"dir={state},mode=0600",
                         "--ctrl",
                         f"type=unixio,clientfd={theirs.fileno()}",
+                        "--pid",
+                        f"file={_pidfile(state)}",
                         "--log",
                         f"file={self._root.log(self._name + '-swtpm')}",
                     ],
@@ -218,6 +229,28 @@ class LocalSite:
                 f"the tap of interface {interface.alias} cannot be made: {error.strerror}"
             ) from error
         return descriptor
+
+
+def _pidfile(state: Path) -> Path:
+    return state.with_name(state.name + ".pid")
+
+
+def _end_left_over(state: Path) -> None:
+    """End the swtpm of an earlier start that keeps the state locked; the domain is being started, so nobody uses it."""
+    try:
+        pid = int(_pidfile(state).read_text())
+        process = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return
+    try:
+        # The number may be somebody else's by now.
+        if os.fsencode(f"dir={state},") in Path(f"/proc/{pid}/cmdline").read_bytes():
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], _SWTPM_S)
+    except OSError as error:
+        _log.info("the TPM emulator %d of an earlier start is gone: %s", pid, error)
+    finally:
+        os.close(process)
 
 
 def _bring_up(name: str, interface: Interface) -> None:
