@@ -68,6 +68,7 @@ class LocalSite:
         self._run = run
         self._uuid = uuid
         self._name = name
+        self._has_tpm = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -75,6 +76,11 @@ class LocalSite:
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
+
+    def abandon(self) -> None:
+        """End what was started for a process that did not come to be, and is gone."""
+        if self._has_tpm:
+            _end_left_over(self._root.tpm(self._uuid))
 
     def _keep(self, descriptor: int) -> int:
         self.inherited.append(descriptor)
@@ -142,6 +148,7 @@ class LocalSite:
 
         One whose process ended before that goes on waiting (seen on swtpm 0.7.1), and is ended at the next start.
         """
+        self._has_tpm = True
         program = shutil.which("swtpm")
         if program is None:
             raise HypervisorError("swtpm is not installed: on Debian, apt-get install swtpm")
