@@ -19,6 +19,7 @@ Source: libvirt's conventions, so that definitions which were pinned there keep 
 from __future__ import annotations
 
 import copy
+import re
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,7 @@ _XHCI_PORTS = 15
 _SATA_UNITS = 6
 _ICH9_USB_SLOT = 0x1D
 _LUNS = 256
+_MOST_QUEUES = 1024
 _NARROW_UNITS = 7
 _SERIAL_PORT_COUNT = 31
 _USB_PORTS = {"piix3-uhci": 2, "piix4-uhci": 2, "ehci": 6, "ich9-ehci1": 6, "nec-xhci": 15, "qemu-xhci": 15}
@@ -110,7 +112,7 @@ def pin(machine: Machine, chooser: Chooser) -> Machine:
     if machine.firmware.automatic and not machine.firmware.loader:
         _pin_firmware(root, chooser.firmware(machine, machine_type))
     _complete(root)
-    for step in (_pin_controllers, _pin_places, _pin_aliases):
+    for step in (_pin_controllers, _pin_places, _pin_aliases, _pin_queues):
         step(root, read_definition(from_root(root)))
     return read_definition(from_root(root))
 
@@ -838,6 +840,34 @@ def _stem(device: Device) -> str:
         case Controller(kind=kind, index=index):
             return f"{kind}{index}"
     return _STEMS[type(device).__name__]
+
+
+# Queues
+
+
+_ONE_QUEUE_UNTIL = (5, 1)
+"""Machine types up to this version give a virtio disk one queue, whatever processors there are."""
+
+
+def _pin_queues(_root: Any, machine: Machine) -> None:
+    """Write down how many queues virtio disks and controllers have where the number of processors can change.
+
+    QEMU gives them as many as there are processors when they are made, which the guest sees, and which a receiver would
+    count anew (QEMU 7.2, hw/virtio/virtio-pci.c, virtio_pci_optimal_num_queues).
+    """
+    version = re.search(r"-(\d+)\.(\d+)$", machine.machine)
+    if machine.max_vcpus == 1:
+        return
+    old = version is not None and (int(version[1]), int(version[2])) <= _ONE_QUEUE_UNTIL
+    disks = [disk for disk in machine.disks if disk.bus == "virtio"]
+    controllers = [c for c in machine.controllers if c.kind == "scsi" and c.model.startswith("virtio")]
+    found: list[Disk | Controller] = [*disks, *controllers]
+    for device in found:
+        if device.queues is None:
+            driver = device.element.find("driver")
+            if driver is None:
+                driver = _child(device.element, "driver")
+            driver.set("queues", str(1 if old else min(machine.vcpus, _MOST_QUEUES)))
 
 
 def _child(parent: Any, tag: str, **attributes: str) -> Any:
