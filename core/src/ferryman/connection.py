@@ -35,10 +35,12 @@ from ferryman.errors import (
 from ferryman.hookspecs import (
     AdoptRequest,
     AgentRequest,
+    AttachRequest,
     AutostartRequest,
     BootRequest,
     ConsoleRequest,
     DefinitionRequest,
+    DetachRequest,
     DirtyRateRequest,
     DomainRequest,
     HostRequest,
@@ -51,6 +53,7 @@ from ferryman.hookspecs import (
     ScreenshotRequest,
     ShutdownRequest,
     StatisticsRequest,
+    VcpusRequest,
 )
 from ferryman.registry import Hooks, open_driver
 from ferryman.types import (
@@ -600,6 +603,55 @@ class Domain:
             )
         request = MemoryRequest(uuid=self.uuid, name=self.name, memory_bytes=memory_bytes, scope=scope)
         await self._change("domain_set_memory", request, type(None))
+
+    async def attach_device(self, definition: str, scope: Scope = Scope.CURRENT) -> None:
+        """Plug a device in.
+
+        :param definition: one device as libvirt domain XML has it, such as ``<disk>`` or ``<interface>``.
+        :raises DefinitionError: the device, or the domain with it, is not understood or cannot be built.
+        :raises NotSupportedError: a guest that runs does not take such a device.
+        :raises DomainStateError: the scope asks for what the domain does not have, or there is no room for the device.
+        :raises HypervisorError: the hypervisor refused; nothing is changed.
+        """
+        request = AttachRequest(uuid=self.uuid, name=self.name, definition=definition, scope=scope)
+        await self._change("domain_attach", request, type(None))
+
+    async def detach_device(
+        self, definition: str, scope: Scope = Scope.CURRENT, *, timeout_s: float = 30.0
+    ) -> None:
+        """Unplug a device; a running guest must let go of it.
+
+        :param definition: the device, or as much of it as tells it from the others: of a disk ``<target dev>``, of an
+            interface ``<mac address>``, of any ``<alias name>``.
+        :param timeout_s: limit for the guest to let go of it, above 0.
+        :raises DefinitionError: the domain has no such device, or several.
+        :raises NotSupportedError: a guest that runs does not give such a device back.
+        :raises DomainStateError: the scope asks for what the domain does not have.
+        :raises HypervisorError: the guest did not let go of it; it may do so later, and the definition then follows.
+        :cancellation: the same.
+        """
+        if type(timeout_s) not in (int, float) or not 0 < timeout_s < float("inf"):
+            raise OptionError(
+                f"timeout_s must be a number of seconds above 0, not {timeout_s!r:.80}", option="timeout_s"
+            )
+        request = DetachRequest(
+            uuid=self.uuid, name=self.name, definition=definition, timeout_s=timeout_s, scope=scope
+        )
+        await self._change("domain_detach", request, type(None))
+
+    async def set_vcpus(self, count: int, scope: Scope = Scope.CURRENT) -> None:
+        """Change how many processors the guest has; it must let go of those that it loses.
+
+        :param count: above 0, up to the definition's ``<vcpu>``.
+        :raises OptionError: it is not. :raises DomainStateError: the scope asks for what the domain does not have.
+        :raises HypervisorError: it could not be done; :meth:`info` says how many there are.
+        """
+        if type(count) is not int or count <= 0:
+            raise OptionError(
+                f"count must be a whole number of processors above 0, not {count!r:.80}", option="count"
+            )
+        request = VcpusRequest(uuid=self.uuid, name=self.name, count=count, scope=scope)
+        await self._change("domain_set_vcpus", request, type(None))
 
     async def agent_command(
         self, name: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0

@@ -246,6 +246,47 @@ class MemoryRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttachRequest:
+    """Plug a device into a domain.
+
+    :param definition: one device as libvirt domain XML has it in ``<devices>``.
+    """
+
+    uuid: DomainUUID
+    name: str
+    definition: str
+    scope: Scope = Scope.CURRENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetachRequest:
+    """Unplug a device of a domain.
+
+    :param definition: the device as libvirt domain XML has it, or as much of it as tells it from the others.
+    :param timeout_s: limit for the guest to let go of it, above 0.
+    """
+
+    uuid: DomainUUID
+    name: str
+    definition: str
+    timeout_s: float
+    scope: Scope = Scope.CURRENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VcpusRequest:
+    """Change how many processors a guest has.
+
+    :param count: above 0, and checked by the driver against the number that the definition allows.
+    """
+
+    uuid: DomainUUID
+    name: str
+    count: int
+    scope: Scope = Scope.CURRENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AgentRequest:
     """Ask the guest agent.
 
@@ -761,6 +802,41 @@ class DriverHooks:
 
         :raises OptionError: more than the definition's memory.
         :raises DomainStateError: the scope asks for a guest or a definition that there is not.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_attach(self, request: AttachRequest) -> None:
+        """Plug a device in.  Without it: not supported.
+
+        :raises DefinitionError: the device, or the domain with it, is not understood or cannot be built.
+        :raises NotSupportedError: a guest that runs does not take such a device.
+        :raises DomainStateError: the scope asks for a guest or a definition that there is not, or there is no room.
+        :raises HypervisorError: the hypervisor refused; nothing is changed.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_detach(self, request: DetachRequest) -> None:
+        """Unplug a device, of which a running guest must let go.  Without it: not supported.
+
+        :raises DefinitionError: the domain has no such device, or several.
+        :raises NotSupportedError: a guest that runs does not give such a device back.
+        :raises DomainStateError: the scope asks for a guest or a definition that there is not.
+        :raises HypervisorError: the guest or the hypervisor did not let go of it; nothing is changed, unless the guest
+            does it later, which the driver then takes note of.
+        :cancellation: as when the guest does not let go of it.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    async def domain_set_vcpus(self, request: VcpusRequest) -> None:
+        """Change how many processors a guest has.  Without it: not supported.
+
+        :raises OptionError: more than the definition allows.
+        :raises DomainStateError: the scope asks for a guest or a definition that there is not.
+        :raises HypervisorError: the hypervisor refused, or the guest did not let go of one; the domain's information
+            says how many there are.
         """
         raise NotImplementedError
 

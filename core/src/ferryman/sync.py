@@ -306,6 +306,20 @@ class Domain:
         """See :meth:`ferryman.connection.Domain.set_memory`."""
         self._call(partial(self._domain.set_memory, memory_bytes, scope))
 
+    def attach_device(self, definition: str, scope: Scope = Scope.CURRENT) -> None:
+        """See :meth:`ferryman.connection.Domain.attach_device`."""
+        self._call(partial(self._domain.attach_device, definition, scope))
+
+    def detach_device(
+        self, definition: str, scope: Scope = Scope.CURRENT, *, timeout_s: float = 30.0
+    ) -> None:
+        """See :meth:`ferryman.connection.Domain.detach_device`."""
+        self._call(partial(self._domain.detach_device, definition, scope, timeout_s=timeout_s))
+
+    def set_vcpus(self, count: int, scope: Scope = Scope.CURRENT) -> None:
+        """See :meth:`ferryman.connection.Domain.set_vcpus`."""
+        self._call(partial(self._domain.set_vcpus, count, scope))
+
     def agent_command(
         self, name: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0
     ) -> Any:

@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 
 from ferryman.capabilities import Capabilities
-from ferryman.errors import BeginError, FerrymanError
+from ferryman.errors import BeginError, DomainStateError, FerrymanError
 from ferryman.hookspecs import (
     BeginReply,
     BeginRequest,
@@ -20,6 +20,7 @@ from ferryman.hookspecs import (
     HostRequest,
     OpenReply,
     OpenRequest,
+    SaveRequest,
     hookimpl,
 )
 from ferryman.types import (
@@ -33,6 +34,7 @@ from ferryman_qemu.attached import AttachHooks
 from ferryman_qemu.checks import CheckHooks
 from ferryman_qemu.domains import DomainHooks
 from ferryman_qemu.guest import Guest
+from ferryman_qemu.hotplug import HotplugHooks
 from ferryman_qemu.looks import LookHooks
 from ferryman_qemu.machine import read_machine
 from ferryman_qemu.migrations import MigrationHooks
@@ -47,7 +49,7 @@ _log = logging.getLogger(__name__)
 _STARTED_AT_ONCE = 4
 
 
-class QemuDriver(AttachHooks, DomainHooks, SaveHooks, LookHooks, CheckHooks, MigrationHooks):
+class QemuDriver(AttachHooks, DomainHooks, HotplugHooks, SaveHooks, LookHooks, CheckHooks, MigrationHooks):
     """Driver of the scheme ``qemu``."""
 
     @hookimpl
@@ -86,6 +88,8 @@ class QemuDriver(AttachHooks, DomainHooks, SaveHooks, LookHooks, CheckHooks, Mig
             if guest is None or (guest.record.restoring and not await self._settle_restore(guest)):
                 continue
             self._take(guest)
+            if _is_unsettled(guest):
+                self._tasks.start_soon(self._settle_late, guest)
         await self._end_bound()
 
     @hookimpl
@@ -135,23 +139,49 @@ class QemuDriver(AttachHooks, DomainHooks, SaveHooks, LookHooks, CheckHooks, Mig
     async def migrate_check(self, request: CheckRequest) -> CheckReply:
         reply = await super().migrate_check(request)
         guest = self._guests.get(request.domain.uuid)
-        if request.side is not Side.SOURCE or guest is None or not guest.record.autodestroy:
+        if request.side is not Side.SOURCE or guest is None:
             return reply
-        bound = Finding(
-            code="autodestroy",
-            severity=FindingSeverity.BLOCKER,
-            side=Side.SOURCE,
-            message=f"domain {request.domain.name} ends with the connection that started it",
-            remedy="start it without autodestroy",
-        )
-        return CheckReply(findings=(*reply.findings, bound), facts=reply.facts)
+        found = []
+        if guest.record.autodestroy:
+            found.append(
+                Finding(
+                    code="autodestroy",
+                    severity=FindingSeverity.BLOCKER,
+                    side=Side.SOURCE,
+                    message=f"domain {request.domain.name} ends with the connection that started it",
+                    remedy="start it without autodestroy",
+                )
+            )
+        if _is_unsettled(guest):
+            found.append(
+                Finding(
+                    code="devices-unsettled",
+                    severity=FindingSeverity.BLOCKER,
+                    side=Side.SOURCE,
+                    message=f"the guest may let go of {', '.join(guest.record.leaving) or 'a device'} at any moment",
+                    remedy="detach it again, or reset the domain, which takes it away",
+                )
+            )
+        return CheckReply(findings=(*reply.findings, *found), facts=reply.facts)
 
     @hookimpl
     async def migrate_begin(self, request: BeginRequest) -> BeginReply:
         guest = self._guests.get(request.domain.uuid)
         if guest is not None and guest.saving:
             raise BeginError(f"domain {request.domain.name} is being saved", side=Side.SOURCE)
+        if guest is not None and (guest.changing or _is_unsettled(guest)):
+            raise BeginError(f"devices of domain {request.domain.name} are being changed", side=Side.SOURCE)
         return await super().migrate_begin(request)
+
+    @hookimpl
+    async def domain_save(self, request: SaveRequest) -> None:
+        guest = self._guests.get(request.uuid)
+        if guest is not None and (guest.changing or _is_unsettled(guest)):
+            raise DomainStateError(
+                f"devices of domain {request.name} are being changed: wait for it, or reset the domain",
+                domain=request.name,
+            )
+        await super().domain_save(request)
 
     @hookimpl
     async def capabilities(self, request: HostRequest) -> Capabilities:
@@ -176,3 +206,8 @@ class QemuDriver(AttachHooks, DomainHooks, SaveHooks, LookHooks, CheckHooks, Mig
         if find_credentials(self._root.path / "pki") is None:
             lacking.add(Feature.TLS)
         return frozenset(Feature) - lacking
+
+
+def _is_unsettled(guest: Guest) -> bool:
+    """Whether the machine may come to differ from its definition by itself."""
+    return bool(guest.record.plugging or guest.record.leaving)

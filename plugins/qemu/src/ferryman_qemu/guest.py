@@ -75,6 +75,7 @@ class Guest:
         self.gone = anyio.Event()
         self.ending = ""
         self.saving = False
+        self.changing = 0
         self.current_memory_bytes: int | None = None
         self.agent_lock = anyio.Lock()
         self.consoles: set[str] = set()
@@ -142,6 +143,7 @@ class Guest:
                     process.close()
                 if stream is not None:
                     await anyio.aclose_forcefully(stream)
+                site.abandon()
                 run.remove()
             if isinstance(error, OSError):
                 raise HypervisorError(

@@ -60,6 +60,8 @@ class GuestRecord:
     :param attached: control socket of a process that another program has started; '' for one of ours.
     :param offered: such a process waits for a guest, and no migration has asked for it yet.
     :param taps: names of the taps that were made for the process, by the alias of their interface.
+    :param plugging: definition that the machine has once a device is plugged in, while one is; '' otherwise.
+    :param leaving: what the guest was asked to let go of, and may at any moment: aliases, and QOM paths of processors.
     :param listen: post-copy: migration URI where the receiver waited, and waits again when the stream breaks.
     :param exports: the source writes disks of the receiver, until the guest runs on them.
     :param log_begin: where in the domain's log begins what this process prints.
@@ -84,6 +86,8 @@ class GuestRecord:
     offered: bool = False
     log_begin: int = 0
     taps: dict[str, str] = field(default_factory=dict)
+    plugging: str = ""
+    leaving: list[str] = field(default_factory=list)
     autodestroy: bool = False
     restoring: bool = False
     reboot: Literal["", "asked", "resetting"] = ""
