@@ -114,6 +114,8 @@ class HotplugHooks(QemuHost):
             live = request.scope.reaches_guest(active=running is not None)
             config = request.scope.reaches_definition(active=running is not None)
             guest = self._active(request.uuid, request.name) if live else None
+            if guest is not None:
+                _require_ours(guest)
             edited: Definition | None = None
             if config:
                 machine = self._persistent(request.uuid, request.name)
@@ -156,10 +158,7 @@ class HotplugHooks(QemuHost):
                 f"a guest that runs keeps its devices but for {' and '.join(f'<{tag}>' for tag in _PLUGGABLE)}:"
                 f" change <{element.tag}> with the scope CONFIG"
             )
-        if guest.record.attached:
-            raise NotSupportedError(
-                f"domain {request.name} was started by another program, which alone knows how its devices are named"
-            )
+        _require_ours(guest)
         return guest
 
     def _persistent(self, uuid: DomainUUID, name: str) -> Machine:
@@ -422,6 +421,13 @@ def _pluggable_devices(machine: Machine) -> tuple[Disk | Interface, ...]:
 def _place(slot: dict[str, Any]) -> tuple[int, ...]:
     """A processor's place: a machine is started with the first ones."""
     return tuple(int(slot["props"].get(f"{part}-id", 0)) for part in ("socket", "die", "core", "thread"))
+
+
+def _require_ours(guest: Guest) -> None:
+    if guest.record.attached:
+        raise NotSupportedError(
+            f"domain {guest.record.name} was started by another program, which alone knows what it is made of"
+        )
 
 
 def _require_room(machine: Machine, count: int) -> None:
