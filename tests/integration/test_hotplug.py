@@ -24,6 +24,7 @@ from ferryman.errors import (
     OptionError,
     PlanBlockedError,
 )
+from ferryman_qemu import hotplug
 from ferryman_qemu.guest import Guest
 from tests.guests.inspect import QMPSocket, run_directories
 from tests.guests.linux import LinuxGuest
@@ -305,4 +306,29 @@ def test_an_interface_on_a_tap(queues: int) -> None:
         assert [found.target for found in domain.statistics().interfaces] == [tap]
         domain.detach_device(f"<interface><mac address='{MAC.upper()}'/></interface>")
         assert not Path(f"/sys/class/net/{tap}").exists()
+        domain.destroy()
+
+
+@MACHINES
+def test_a_processor_is_let_go_of(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with KVM; without it the guest is not to be migrated or looked at afterwards."""
+    monkeypatch.setattr(hotplug, "_require_unpluggable", lambda *_: None)
+    with linux_field(machine) as field, ferryman.sync.connect(field.uris[0]) as a:
+        domain = a.create(field.definition)
+        field.wait_ticks(20)
+        before = machine_of(field.roots[0])
+        domain.set_vcpus(3)
+        domain.suspend()
+        monkeypatch.setattr(hotplug, "_VCPU_PATIENCE_S", 0.2)
+        with pytest.raises(HypervisorError, match="does not let go of /machine"):
+            domain.set_vcpus(1)
+        assert (domain.info().vcpus, len(record(field.roots[0])["leaving"])) == (3, 1)
+        domain.resume()
+        monkeypatch.undo()
+        monkeypatch.setattr(hotplug, "_require_unpluggable", lambda *_: None)
+        domain.set_vcpus(1)
+        assert domain.info().vcpus == 1
+        assert record(field.roots[0])["leaving"] == []
+        field.wait_ticks(20)
+        assert machine_of(field.roots[0]) == before
         domain.destroy()
