@@ -40,7 +40,7 @@ docs: setup-docs ## build the documentation into docs/_build/html
 model: setup-test ## explore the handover, and mutants of it, in every state of small worlds
 	@$(BIN)/python -m tests.model
 
-qemu: setup-test ## every option of migrations, and every definition, on real QEMU
+qemu: setup-test ## every option, cuts of copied disks, and every definition, on real QEMU
 	@$(BIN)/python -m tests.options.summary
 
 bench: ## measure migrations, and those of others

@@ -254,6 +254,17 @@ def summary(results: Sequence[Result], cuts: int, **figures: object) -> tuple[bo
     )
 
 
+def told(path: Path = _RESULTS) -> dict[str, int]:
+    """Figures of the last campaign, as it has written them down."""
+    found = [Result(**one) for one in json.loads(path.read_text())["results"]]
+    return {
+        "cuts": sum(not result.violations and result.reached for result in found),
+        "lost_writes": count(found, LOST),
+        "doubled_writes": count(found, DOUBLED) + count(found, "ticks lost"),
+        "leftovers": count(found, LEFT),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the campaign; 0 if nothing was lost, doubled or left."""
     parser = argparse.ArgumentParser(prog="python -m tests.fault.storage", description=__doc__)

@@ -1,36 +1,46 @@
-"""``make qemu``: the matrix of options on real QEMU, and the command lines of the accepted definitions."""
+"""``make qemu``: options, cuts of copied disks, and definitions on real QEMU, and one line about all of them."""
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
+
+from tests.definitions import HERE, names, snapshot
+from tests.fault import storage
 from tests.options.__main__ import RESULTS
 from tests.options.__main__ import main as options
 
+_DEFINITIONS = Path(__file__).parents[1] / "integration" / "test_definitions.py"
+
 
 def definitions() -> tuple[int, int]:
-    """How many accepted definitions make the command line that stands beside them, and how many there are."""
-    if find_spec("tests.definitions") is None:
-        return 0, 0
-    from tests.definitions import HERE, names, snapshot
+    """How many accepted definitions make the command line that stands beside them, and how many there are.
 
+    None counts unless they all start, and make the same machine at both ends of a migration.
+    """
+    if pytest.main(["-q", "--no-header", str(_DEFINITIONS)]) is not pytest.ExitCode.OK:
+        return 0, len(names())
     good = sum((HERE / "accepted" / f"{name}.argv").read_text() == snapshot(name) for name in names())
     return good, len(names())
 
 
 def main() -> int:
-    failed = options(["--plain"])
+    options_failed = options(["--plain"])
     figures = json.loads(RESULTS.read_text())
+    cuts_failed = storage.main([])
+    cuts = storage.told()
     good, total = definitions()
-    state = "FAILED" if failed or good < total else "ok"
-    figures["definitions"] = {"tested": good, "total": total}
+    ok = not options_failed and not cuts_failed and good == total > 0
+    figures |= {"storage": cuts, "definitions": {"tested": good, "total": total}}
     print(
-        f"qemu: {state} options={figures['tested']}/{figures['total']} definitions={good}/{total}"
+        f"qemu: {'ok' if ok else 'FAILED'} options={figures['tested']}/{figures['total']}"
+        f" storage_faults={cuts['cuts']} lost_writes={cuts['lost_writes']} definitions={good}/{total}"
         f" {json.dumps(figures)}"
     )
-    return int(state != "ok")
+    return int(not ok)
 
 
 if __name__ == "__main__":
