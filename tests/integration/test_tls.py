@@ -68,7 +68,10 @@ async def test_what_is_wrong_ends_before_a_page_moves(
             assert a.open_migrations() == b.open_migrations() == []
             await anyio.to_thread.run_sync(field.wait_ticks, 20)
             assert field.emulators(field.roots[1]) == []
-            assert [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
+            # Where it is the destination that refuses, the source has begun to send before it hears of it: a client of
+            # TLS 1.3 is done before its certificate is judged. Nothing of that is loaded.
+            if plain != "source" and kinds[1] != "nobody may send":
+                assert [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
             await domain.destroy()
     field.assert_unbroken(crossings=0)
 
