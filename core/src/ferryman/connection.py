@@ -92,6 +92,9 @@ _MAX_DIRTY_RATE_S = 60
 _open_hosts: dict[tuple[Any, str], Connection] = {}
 """Hosts that are open in this process, by event loop and address: asking one of them needs no second opening."""
 
+_asked_hosts: dict[tuple[Any, str], anyio.Event] = {}
+"""Hosts that are open in this process for one question only; set when it has been answered."""
+
 
 def connect(uri: str | ConnectionURI) -> Connection:
     """Make the connection to a host; it opens when it is entered with ``async with``.
@@ -124,6 +127,7 @@ class Connection:
         self._reply = OpenReply()
         self._journal: Journal | None = None
         self._key: tuple[Any, str] | None = None
+        self._asking: anyio.Event | None = None
         self._acquiring: anyio.Lock
         self._listeners: list[MemoryObjectSendStream[DomainEvent]] = []
         self._bare: dict[DomainUUID, DomainInfo] = {}
@@ -156,6 +160,12 @@ class Connection:
         stack.callback(self._closed)
         if not self._reply.looks_on:
             await self._open_host(hooks)
+            return
+        asked = _asked_hosts.get((anyio.lowlevel.current_token(), self.address))
+        if asked is not None and asked is not self._asking:
+            # It is this program that asks the host something, and is done at once.
+            await asked.wait()
+            await self.acquire()
 
     async def _open_host(self, hooks: Hooks) -> None:
         """Open the journal of a host that this program may change, and settle what earlier ones left open."""
@@ -766,9 +776,19 @@ async def _ask_peer(address: str, ask: Callable[[Endpoint], Awaitable[None]]) ->
 
 @asynccontextmanager
 async def _peer_connection(address: str) -> AsyncIterator[Connection]:
-    known = _open_hosts.get((anyio.lowlevel.current_token(), address))
+    key = (anyio.lowlevel.current_token(), address)
+    while (other := _asked_hosts.get(key)) is not None:
+        await other.wait()
+    known = _open_hosts.get(key)
     if known is not None:
         yield known
         return
-    async with connect(address) as opened:
-        yield opened
+    asked = _asked_hosts[key] = anyio.Event()
+    try:
+        opened = connect(address)
+        opened._asking = asked
+        async with opened:
+            yield opened
+    finally:
+        del _asked_hosts[key]
+        asked.set()

@@ -211,7 +211,8 @@ class Connection:
             self._call(partial(_in_loop, partial(listening.__exit__, None, None, None)))
 
     def in_doubt(self) -> list[Resolution]:
-        """See :meth:`ferryman.connection.Connection.in_doubt`."""
+        """See :meth:`ferryman.connection.Connection.in_doubt`; acquires the host."""
+        self.acquire()
         return self._call(partial(_in_loop, self._connection.in_doubt))
 
     def resolve(
@@ -221,7 +222,8 @@ class Connection:
         return self._call(partial(self._connection.resolve, migration_id, testimony))
 
     def open_migrations(self) -> list[MigrationRow]:
-        """See :meth:`ferryman.connection.Connection.open_migrations`."""
+        """See :meth:`ferryman.connection.Connection.open_migrations`; acquires the host."""
+        self.acquire()
         return self._call(partial(_in_loop, self._connection.open_migrations))
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:

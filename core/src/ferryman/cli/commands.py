@@ -117,7 +117,6 @@ def _resolve(
 
     with connect(uri) as host:
         if only_list:
-            host.acquire()
             found = [r for r in host.in_doubt() if migration in (None, r.migration_id)]
             if found or migration is None:
                 return found

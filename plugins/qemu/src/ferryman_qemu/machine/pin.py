@@ -231,8 +231,9 @@ def _pin_controllers(root: Any, machine: Machine) -> None:
             controller.element.set("index", str(index))
             found[found.index(controller)] = replace(controller, index=index)
 
-    def add(kind: str, model: str = "", **attributes: str) -> None:
-        index = 1 + max((c.index for c in found if c.kind == kind), default=-1)
+    def add(kind: str, model: str = "", index: int | None = None, **attributes: str) -> None:
+        if index is None:
+            index = 1 + max((c.index for c in found if c.kind == kind), default=-1)
         values = {"type": kind, "index": str(index), **({"model": model} if model else {}), **attributes}
         element = _child(devices, "controller", **values)
         found.append(Controller(kind=kind, index=index, model=model, element=element))
@@ -266,8 +267,9 @@ def _pin_controllers(root: Any, machine: Machine) -> None:
         devices.insert(0, element)
     for bus, model in (("scsi", "virtio-scsi"), ("sata", "")):
         places = [d.address for d in machine.disks if d.bus == bus]
-        named = [place.controller for place in places if isinstance(place, DriveAddress)]
-        ensure(bus, 1 + max(named, default=-1), model)
+        named = {place.controller for place in places if isinstance(place, DriveAddress)}
+        for index in sorted(named - {c.index for c in found if c.kind == bus}):
+            add(bus, model, index)
     counts = Counter(disk.bus for disk in machine.disks)
     if counts["scsi"]:
         ensure("scsi", 1, "virtio-scsi")
