@@ -588,8 +588,9 @@ def _lock(mark: int, path: Path) -> None:
                     f"the journal {path} is open in another program or connection (process {_holder(mark)}): it did"
                     f" not let go within {LOCK_WAIT_S:g} s"
                 ) from error
-            # The kernel tells nobody that a lock is free, and a flock that blocks has no limit; so it is tried again,
-            # for the seconds that a program needs to end. The event loop goes on: a journal is opened in a thread.
+            # There is no event to wait for: nothing of the kernel's tells that a flock is free, and one that blocks
+            # cannot be given a limit. So it is tried again, for the seconds that a program needs to end; in the thread
+            # that opens a journal, so that no event loop waits here.
             time.sleep(_LOCK_RETRY_S)
         else:
             return

@@ -167,7 +167,7 @@ class Hooks:
         for distribution, see in self._each_observer("migration_event"):
             try:
                 await see(event)
-            except Exception:  # noqa: BLE001
+            except Exception:  # noqa: BLE001 - the boundary to code that is not ours
                 # Somebody else's code may raise anything, and a guest that is half-way between two hosts must not stop
                 # for it. It is logged with its traceback; a cancellation is no Exception, and passes.
                 _log.exception("observer failed on an event", extra={"distribution": distribution})
