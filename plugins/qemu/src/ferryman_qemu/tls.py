@@ -13,8 +13,8 @@ The directory is ``pki`` below the root.  Both ends check each other: a source w
 is refused, and a destination whose certificate does not bear its name gets nothing.
 
 The rules of ``clients.txt`` are judged by QEMU when the handshake is over, and the source has begun to send by then:
-some of the guest's memory (0.7 MB were seen) reaches the destination, which drops it.  A source that must not even offer
-its guests there has no certificate of that signer.
+some of the guest's memory (0.7 MB were seen) reaches the destination, which drops it.  A source that must not even
+offer its guests there has no certificate of that signer.
 
 Source: QEMU docs/system/tls.rst, qapi/crypto.json, qapi/authz.json.
 """
