@@ -890,10 +890,11 @@ DESTINATION = replace(HOST, scheme="xen", hypervisor="Xen", uri_transports=("xen
 
 def asking(*names: str) -> MigrationOptions:
     """Options that ask for those of these names, and for what they mean nothing without."""
-    values: dict[str, Any] = {}
-    for name in names:
-        if name != "compression_level" or "xbzrle_cache_bytes" not in names:
-            values |= {name: ASKED[name]} | NEEDS.get(name, {})
+    wanted = [name for name in names if name != "compression_level" or "xbzrle_cache_bytes" not in names]
+    values: dict[str, Any] = {name: ASKED[name] for name in wanted}
+    for name in wanted:
+        # Last, so that what an option needs is there whatever else was asked for before or after it.
+        values |= NEEDS.get(name, {})
     return MigrationOptions(**values)
 
 
