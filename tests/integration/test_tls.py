@@ -12,7 +12,6 @@ import pytest
 
 import ferryman
 import ferryman_qemu.streams
-import ferryman_qemu.transfer
 from ferryman import GuestState, MigrationOptions
 from ferryman.errors import PerformError
 from ferryman_qemu.migrations import MigrationHooks
@@ -97,7 +96,7 @@ async def test_a_peer_that_is_silent_in_the_handshake_is_cut(
     """QEMU's main loop and the guest wait for the peer then, until the connection is ended."""
     put(field.roots, "good", "good")
     with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
-        patch.setattr(ferryman_qemu.transfer, "CONNECT_S", 1.0)
+        patch.setattr(ferryman_qemu.streams, "CONNECT_S", 1.0)
         patch.setattr(
             ferryman_qemu.streams,
             "connect_stream",

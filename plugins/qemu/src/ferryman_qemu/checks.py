@@ -8,7 +8,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ferryman.errors import DefinitionError, HypervisorError
 from ferryman.hookspecs import (
@@ -47,10 +46,6 @@ from ferryman_qemu.storage import (
 )
 from ferryman_qemu.tls import Credentials, find_credentials
 from ferryman_qemu.transfer import ACTIVE
-
-if TYPE_CHECKING:
-    pass
-
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +87,24 @@ class CheckHooks(QemuHost):
 
     async def _check_guest(self, guest: Guest, machine: Machine) -> list[Finding]:
         findings: list[Finding] = []
+        if guest.record.autodestroy:
+            findings.append(
+                blocker(
+                    "autodestroy",
+                    Side.SOURCE,
+                    f"domain {guest.record.name} ends with the connection that started it",
+                    "start it without autodestroy",
+                )
+            )
+        if guest.unsettled:
+            findings.append(
+                blocker(
+                    "devices-unsettled",
+                    Side.SOURCE,
+                    f"the guest may let go of {', '.join(guest.record.leaving) or 'a device'} at any moment",
+                    "detach it again, or reset the domain, which takes it away",
+                )
+            )
         state, info = await guest.command_all(Command("query-status"), Command("query-migrate"))
         status = state["status"]
         if status in ("guest-panicked", "internal-error", "io-error", "shutdown"):

@@ -27,7 +27,6 @@ from ferryman.hookspecs import (
 from ferryman.types import (
     DomainEventKind,
     DomainInfo,
-    DomainUUID,
 )
 from ferryman_qemu.agent import shut_down_by_agent
 from ferryman_qemu.host import QemuHost
@@ -74,8 +73,7 @@ class DomainHooks(QemuHost):
     async def domain_define(self, request: DefinitionRequest) -> DomainInfo:
         machine = self._pin(self._admit(read_machine(request.definition)))
         definition = machine.definition
-        self._root.write_definition(definition.uuid, definition.render())
-        self._defined[definition.uuid] = definition.render()
+        self._keep_definition(definition)
         self._tell(DomainEventKind.DEFINED, definition.name, definition.uuid)
         return await self._info(definition.uuid)
 
@@ -146,7 +144,7 @@ class DomainHooks(QemuHost):
 
     @hookimpl
     async def domain_autostart(self, request: AutostartRequest) -> None:
-        await self._require_persistent(request.uuid, request.name)
+        self._persistent(request.uuid, request.name)
         self._root.set_autostart(request.uuid, enabled=request.enabled)
 
     @hookimpl
@@ -161,8 +159,7 @@ class DomainHooks(QemuHost):
                 option="memory_bytes",
             )
         if config:
-            await self._require_persistent(request.uuid, request.name)
-            definition = read_pinned(self._defined[request.uuid]).definition
+            definition = self._persistent(request.uuid, request.name).definition
             # Read again, so that nothing is kept that could not be started.
             text = definition.edited(currentMemory=str(-(-request.memory_bytes // 1024))).render()
             edited = read_machine(text).definition
@@ -171,16 +168,10 @@ class DomainHooks(QemuHost):
             async with guest.lock:
                 await _set_balloon(guest, request.memory_bytes)
         if edited is not None:
-            self._root.write_definition(request.uuid, edited.render())
-            self._defined[request.uuid] = edited.render()
+            self._keep_definition(edited)
 
     def _wishes(self, guest: Guest) -> Wishes:
         return read_wishes(read_pinned(guest.record.definition).definition.root)
-
-    async def _require_persistent(self, uuid: DomainUUID, name: str) -> None:
-        if uuid not in self._defined:
-            await self._info(uuid)
-            raise DomainStateError(f"domain {name} is transient: it has no definition", domain=name)
 
     @hookimpl
     async def domain_destroy(self, request: DomainRequest) -> None:
@@ -191,7 +182,7 @@ class DomainHooks(QemuHost):
 
     @hookimpl
     async def domain_undefine(self, request: DomainRequest) -> None:
-        await self._require_persistent(request.uuid, request.name)
+        self._persistent(request.uuid, request.name)
         self._undefine(request.uuid, request.name)
 
     @hookimpl

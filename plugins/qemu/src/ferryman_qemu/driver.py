@@ -10,25 +10,17 @@ import anyio
 import anyio.to_thread
 
 from ferryman.capabilities import Capabilities
-from ferryman.errors import BeginError, DomainStateError, FerrymanError
+from ferryman.errors import FerrymanError
 from ferryman.hookspecs import (
-    BeginReply,
-    BeginRequest,
     BootRequest,
-    CheckReply,
-    CheckRequest,
     HostRequest,
     OpenReply,
     OpenRequest,
-    SaveRequest,
     hookimpl,
 )
 from ferryman.types import (
     DomainUUID,
     Feature,
-    Finding,
-    FindingSeverity,
-    Side,
 )
 from ferryman_qemu.attached import AttachHooks
 from ferryman_qemu.checks import CheckHooks
@@ -88,7 +80,7 @@ class QemuDriver(AttachHooks, DomainHooks, HotplugHooks, SaveHooks, LookHooks, C
             if guest is None or (guest.record.restoring and not await self._settle_restore(guest)):
                 continue
             self._take(guest)
-            if _is_unsettled(guest):
+            if guest.unsettled:
                 self._tasks.start_soon(self._settle_late, guest)
         await self._end_bound()
 
@@ -136,54 +128,6 @@ class QemuDriver(AttachHooks, DomainHooks, HotplugHooks, SaveHooks, LookHooks, C
             _log.error("domain %s could not be started with its host: %s", uuid, error)
 
     @hookimpl
-    async def migrate_check(self, request: CheckRequest) -> CheckReply:
-        reply = await super().migrate_check(request)
-        guest = self._guests.get(request.domain.uuid)
-        if request.side is not Side.SOURCE or guest is None:
-            return reply
-        found = []
-        if guest.record.autodestroy:
-            found.append(
-                Finding(
-                    code="autodestroy",
-                    severity=FindingSeverity.BLOCKER,
-                    side=Side.SOURCE,
-                    message=f"domain {request.domain.name} ends with the connection that started it",
-                    remedy="start it without autodestroy",
-                )
-            )
-        if _is_unsettled(guest):
-            found.append(
-                Finding(
-                    code="devices-unsettled",
-                    severity=FindingSeverity.BLOCKER,
-                    side=Side.SOURCE,
-                    message=f"the guest may let go of {', '.join(guest.record.leaving) or 'a device'} at any moment",
-                    remedy="detach it again, or reset the domain, which takes it away",
-                )
-            )
-        return CheckReply(findings=(*reply.findings, *found), facts=reply.facts)
-
-    @hookimpl
-    async def migrate_begin(self, request: BeginRequest) -> BeginReply:
-        guest = self._guests.get(request.domain.uuid)
-        if guest is not None and guest.saving:
-            raise BeginError(f"domain {request.domain.name} is being saved", side=Side.SOURCE)
-        if guest is not None and (guest.changing or _is_unsettled(guest)):
-            raise BeginError(f"devices of domain {request.domain.name} are being changed", side=Side.SOURCE)
-        return await super().migrate_begin(request)
-
-    @hookimpl
-    async def domain_save(self, request: SaveRequest) -> None:
-        guest = self._guests.get(request.uuid)
-        if guest is not None and (guest.changing or _is_unsettled(guest)):
-            raise DomainStateError(
-                f"devices of domain {request.name} are being changed: wait for it, or reset the domain",
-                domain=request.name,
-            )
-        await super().domain_save(request)
-
-    @hookimpl
     async def capabilities(self, request: HostRequest) -> Capabilities:
         return Capabilities(
             scheme="qemu",
@@ -206,8 +150,3 @@ class QemuDriver(AttachHooks, DomainHooks, HotplugHooks, SaveHooks, LookHooks, C
         if find_credentials(self._root.path / "pki") is None:
             lacking.add(Feature.TLS)
         return frozenset(Feature) - lacking
-
-
-def _is_unsettled(guest: Guest) -> bool:
-    """Whether the machine may come to differ from its definition by itself."""
-    return bool(guest.record.plugging or guest.record.leaving)

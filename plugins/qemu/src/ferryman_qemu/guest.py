@@ -313,6 +313,11 @@ class Guest:
         return ending, detail
 
     @property
+    def unsettled(self) -> bool:
+        """Whether the machine may come to differ from its definition by itself."""
+        return bool(self.record.plugging or self.record.leaving)
+
+    @property
     def end_is_told(self) -> bool:
         """Whether QEMU has said why its process is about to end."""
         return bool(self._told[0])
@@ -468,3 +473,15 @@ def clean_up(run: RunDirectory, record: GuestRecord) -> None:
         Path(record.socket).unlink(missing_ok=True)
         Path(disks_socket(record.socket)).unlink(missing_ok=True)
     run.remove()
+
+
+async def first_of(*events: anyio.Event) -> None:
+    """Wait for the first of some events."""
+    async with anyio.create_task_group() as tasks:
+
+        async def wait(event: anyio.Event) -> None:
+            await event.wait()
+            tasks.cancel_scope.cancel()
+
+        for event in events:
+            tasks.start_soon(wait, event)

@@ -322,6 +322,20 @@ class QemuHost:
             raise DomainStateError(f"domain {name} is shut off: start it first", domain=name)
         return guest
 
+    def _persistent(self, uuid: DomainUUID, name: str) -> Machine:
+        """What is defined under a uuid. :raises DomainStateError: the domain is transient."""
+        text = self._defined.get(uuid)
+        if text is None:
+            self._active(uuid, name)
+            raise DomainStateError(f"domain {name} is transient: it has no definition", domain=name)
+        return read_pinned(text)
+
+    def _keep_definition(self, definition: Definition) -> None:
+        """Define a domain, or define it anew. :raises HypervisorError: it cannot be written; all is as before."""
+        text = definition.render()
+        self._root.write_definition(definition.uuid, text)
+        self._defined[definition.uuid] = text
+
     def _undefine(self, uuid: DomainUUID, name: str) -> None:
         self._root.remove_definition(uuid)
         if self._defined.pop(uuid, None) is not None:

@@ -161,20 +161,10 @@ class HotplugHooks(QemuHost):
         _require_ours(guest)
         return guest
 
-    def _persistent(self, uuid: DomainUUID, name: str) -> Machine:
-        text = self._defined.get(uuid)
-        if text is None:
-            raise DomainStateError(f"domain {name} is transient: it has no definition", domain=name)
-        return read_pinned(text)
-
     def _with_device(self, machine: Machine, element: Any) -> Machine:
         root: Any = copy.deepcopy(machine.definition.root)
         root.find("devices").append(copy.deepcopy(element))
         return self._pin(read_machine(from_root(root).render()))
-
-    def _keep_definition(self, definition: Definition) -> None:
-        self._root.write_definition(definition.uuid, definition.render())
-        self._defined[definition.uuid] = definition.render()
 
     # Plugging
 
@@ -270,11 +260,9 @@ class HotplugHooks(QemuHost):
 
     # Unplugging
 
-    @contextmanager
-    def _leaving(self, guest: Guest) -> Iterator[EventStream]:
+    def _leaving(self, guest: Guest) -> EventStream:
         """What tells that a guest has let go of something, from before it is asked to."""
-        with guest.control.events(_REFUSED, *_SETTLED_AFTER) as events:
-            yield events
+        return guest.control.events(_REFUSED, *_SETTLED_AFTER)
 
     async def _wait_left(self, guest: Guest, name: str, events: EventStream, timeout_s: float) -> None:
         """Wait until a guest has let go of a device. :raises HypervisorError: it has not."""

@@ -8,7 +8,6 @@ import socket
 import stat
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -56,7 +55,7 @@ from ferryman.types import (
     TransferStatistics,
 )
 from ferryman.uri import MigrationURI
-from ferryman_qemu.guest import Guest
+from ferryman_qemu.guest import Guest, first_of
 from ferryman_qemu.host import Expected, QemuHost
 from ferryman_qemu.machine import (
     Machine,
@@ -77,7 +76,7 @@ from ferryman_qemu.storage import (
     stray_targets,
     wanted_copies,
 )
-from ferryman_qemu.tls import TLS_IDS, find_credentials
+from ferryman_qemu.tls import TLS_IDS, find_credentials, peer_name
 from ferryman_qemu.transfer import (
     ACTIVE,
     POSTCOPY,
@@ -94,8 +93,6 @@ from ferryman_qemu.transfer import (
 )
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
-
     from ferryman_qemu.machine.model import Disk
 
 
@@ -124,6 +121,10 @@ class MigrationHooks(QemuHost):
         guest = self._guests.get(request.domain.uuid)
         if guest is None:
             raise BeginError(f"domain {request.domain.name} is not active", side=Side.SOURCE)
+        if guest.saving:
+            raise BeginError(f"domain {request.domain.name} is being saved", side=Side.SOURCE)
+        if guest.changing or guest.unsettled:
+            raise BeginError(f"devices of domain {request.domain.name} are being changed", side=Side.SOURCE)
         # What the transfer needs is set now, while the receiver has not even been started.
         status, *_ = await guest.command_all(Command("query-status"), *source_settings(request.options))
         cookie = {}
@@ -152,7 +153,7 @@ class MigrationHooks(QemuHost):
         proved = False
         try:
             if request.options.tls:
-                name = request.options.tls_name or MigrationURI.parse(request.migration_uri).host or ""
+                name = peer_name(request.options, request.migration_uri)
                 try:
                     await self._encrypt(guest, server=False, name=name)
                 except HypervisorError as error:
@@ -526,15 +527,16 @@ class MigrationHooks(QemuHost):
                 return
             if state == "inmigrate":
                 with anyio.move_on_after(_LOAD_PATIENCE_S):
-                    await _first(guest.loaded, guest.listening, guest.gone)
+                    await first_of(guest.loaded, guest.listening, guest.gone)
                     if guest.listening.is_set():
                         await self._await_devices(guest)
-                        return await self._cont(guest, request)
+                        await self._cont(guest, request)
+                        return
                 if not guest.loaded.is_set():
                     raise FinishError("the guest's state did not arrive whole", side=Side.DESTINATION)
         if guest.incoming_failed:
             raise FinishError(guest.incoming_failed, side=Side.DESTINATION)
-        return await self._cont(guest, request)
+        await self._cont(guest, request)
 
     async def _await_devices(self, guest: Guest) -> None:
         """Post-copy: wait until the devices' state is loaded.
@@ -642,15 +644,3 @@ def _proposed(told: dict[str, Any], request: PrepareRequest) -> str:
                 host = socket.getfqdn()
             return f"tcp://{_bracketed(host)}:{address['port']}"
     raise HypervisorError("QEMU does not say where it listens")
-
-
-async def _first(*events: anyio.Event) -> None:
-    """Wait for the first of some events."""
-    async with anyio.create_task_group() as tasks:
-        for event in events:
-            tasks.start_soon(partial(_wait_and_cancel, event, tasks))
-
-
-async def _wait_and_cancel(event: anyio.Event, tasks: TaskGroup) -> None:
-    await event.wait()
-    tasks.cancel_scope.cancel()

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 LOCK_WAIT_S = 3.0
 """How long a second program waits for the root before it changes something."""
 
+NEW = ".new"
+"""How the name of a file ends that is not whole yet."""
+
 _LOCK_RETRY_S = 0.05
 _SAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -188,7 +191,7 @@ class Root:
             return str(uuid_module.UUID(path.read_text().strip()))
         except FileNotFoundError:
             made = str(uuid_module.uuid4())
-            _write(path, made + "\n")
+            write_file(path, made + "\n")
             return made
         except ValueError as error:
             raise ConnectError(f"{path} does not hold a uuid: remove it") from error
@@ -211,7 +214,7 @@ class Root:
 
     def write_definition(self, uuid: DomainUUID, definition: str) -> None:
         """Keep a persistent definition, whole or not at all. :raises HypervisorError: it cannot be written."""
-        _write(self.path / "domains" / f"{uuid}.xml", definition)
+        write_file(self.path / "domains" / f"{uuid}.xml", definition)
 
     def remove_definition(self, uuid: DomainUUID) -> None:
         """Forget a persistent definition, and that it starts with the host."""
@@ -239,7 +242,7 @@ class Root:
     def set_autostart(self, uuid: DomainUUID, *, enabled: bool) -> None:
         """Start a domain with the host, or no longer. :raises HypervisorError: it cannot be written."""
         if enabled:
-            _write(self._autostart_mark(uuid), "")
+            write_file(self._autostart_mark(uuid), "")
         else:
             self._autostart_mark(uuid).unlink(missing_ok=True)
 
@@ -255,7 +258,7 @@ class Root:
 
     def note_boot(self, boot: str) -> None:
         """Note that the domains were started with the host. :raises HypervisorError: it cannot be written."""
-        _write(self.path / "booted", boot)
+        write_file(self.path / "booted", boot)
 
     def run_directories(self) -> list[RunDirectory]:
         """Directories of all processes that were started here and not cleaned up."""
@@ -284,7 +287,7 @@ class RunDirectory:
 
     def write(self, record: GuestRecord) -> None:
         """Write down who the process is, whole or not at all. :raises HypervisorError: it cannot be written."""
-        _write(self.path / "guest.json", json.dumps(asdict(record)))
+        write_file(self.path / "guest.json", json.dumps(asdict(record)))
 
     def read(self) -> GuestRecord | None:
         """Who the process is; None for a directory that never got so far."""
@@ -354,13 +357,31 @@ def _try_lock(lock: int) -> bool:
     return True
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all. :raises HypervisorError: there is no room, or no right to."""
-    temporary = path.with_name(path.name + ".new")
+def write_file(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a file, whole or not at all; durably, it is there after a loss of power too.
+
+    :raises HypervisorError: there is no room, or no right to.
+    """
+    temporary = path.with_name(path.name + NEW)
     try:
-        temporary.write_text(text)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise HypervisorError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. :raises OSError: they are not."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

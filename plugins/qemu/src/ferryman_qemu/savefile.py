@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ferryman.errors import DefinitionError, OptionError
+from ferryman_qemu.root import sync_directory
 
 MAGIC = b"FERRYSAV"
 VERSION = 1
@@ -114,11 +115,7 @@ def publish(unfinished: Path, path: Path) -> None:
     """Give a whole file its name. :raises OSError: it has it not."""
     unfinished.replace(path)
     try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
     except OSError as error:
         _log.warning("the name of %s may be lost with the power: %s", path, error)
 

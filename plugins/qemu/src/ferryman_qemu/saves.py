@@ -33,15 +33,15 @@ import anyio.to_thread
 from ferryman.errors import DefinitionError, DomainExistsError, DomainStateError, HypervisorError
 from ferryman.hookspecs import RestoreRequest, SaveRequest, hookimpl
 from ferryman.types import DomainEventKind, DomainInfo, DomainUUID
+from ferryman_qemu.guest import Guest, first_of
 from ferryman_qemu.host import QemuHost
 from ferryman_qemu.machine import Machine, read_machine, read_pinned
 from ferryman_qemu.monitor import Command
 from ferryman_qemu.probe import dotted
 from ferryman_qemu.savefile import Saved, SaveFile, open_saved, publish, save_path, unfinished_path
-from ferryman_qemu.transfer import ACTIVE, DEFAULT_DOWNTIME_MS, capabilities
+from ferryman_qemu.transfer import ACTIVE, DEFAULT_DOWNTIME_MS, capabilities, settle_source
 
 if TYPE_CHECKING:
-    from ferryman_qemu.guest import Guest
     from ferryman_qemu.monitor import EventStream
 
 _log = logging.getLogger(__name__)
@@ -71,6 +71,11 @@ class SaveHooks(QemuHost):
         path = save_path(request.path)
         if guest.saving:
             raise DomainStateError(f"domain {request.name} is being saved already", domain=request.name)
+        if guest.changing or guest.unsettled:
+            raise DomainStateError(
+                f"devices of domain {request.name} are being changed: wait for it, or reset the domain",
+                domain=request.name,
+            )
         # INVARIANT: from here on no migration of it begins, and none has begun: the core has just looked.
         guest.saving = True
         try:
@@ -226,7 +231,7 @@ class SaveHooks(QemuHost):
                 Command("getfd", {"fdname": _FD_NAME}, [descriptor]),
                 Command("migrate-incoming", {"uri": f"fd:{_FD_NAME}"}),
             )
-            await _first(guest.loaded, guest.gone)
+            await first_of(guest.loaded, guest.gone)
             if not guest.loaded.is_set() or guest.incoming_failed:
                 # QEMU ends by itself, after it has printed why.
                 with anyio.move_on_after(_END_PATIENCE_S):
@@ -316,18 +321,4 @@ async def _wait_over(guest: Guest) -> None:
     with guest.control.events("MIGRATION") as events, anyio.move_on_after(_END_PATIENCE_S):
         while (await guest.command("query-migrate")).get("status") in ACTIVE:
             await events.get()
-        # QEMU tells the end a moment before it leaves the state.
-        while await guest.run_state() == "finish-migrate":
-            await anyio.lowlevel.checkpoint()
-
-
-async def _first(*events: anyio.Event) -> None:
-    """Wait for the first of some events."""
-    async with anyio.create_task_group() as tasks:
-
-        async def wait(event: anyio.Event) -> None:
-            await event.wait()
-            tasks.cancel_scope.cancel()
-
-        for event in events:
-            tasks.start_soon(wait, event)
+    await settle_source(guest)

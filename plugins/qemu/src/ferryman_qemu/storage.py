@@ -29,6 +29,7 @@ to do.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import logging
@@ -51,7 +52,8 @@ from ferryman.uri import MigrationURI
 from ferryman_qemu.machine.build import node_name
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError
 from ferryman_qemu.process import boot_id
-from ferryman_qemu.streams import connect
+from ferryman_qemu.root import NEW, write_file
+from ferryman_qemu.streams import CONNECT_S, connect, cut_silent
 from ferryman_qemu.tls import TLS_ID
 
 if TYPE_CHECKING:
@@ -73,9 +75,7 @@ COPY_PREFIX = "ferryman-copy"
 
 _NBD_MAGIC = b"NBDMAGIC"
 _FD_NAME = "ferryman-nbd"
-_ANSWER_S = 10.0
 _END_S = 20.0
-_NEW = ".new"
 _SAMPLE_S = 0.5
 _QEMU_IMG_S = 60.0
 _FIRST_LOCK_BYTE = 100
@@ -212,8 +212,6 @@ def _file_system(path: str) -> str:
 
 def _handle(path: str) -> str:
     """The file's handle, as text; '' where the file system has none.  :source: name_to_handle_at(2)."""
-    import ctypes
-
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "name_to_handle_at"):
         return ""
@@ -322,18 +320,7 @@ def make_targets(
 
 def _write_note(root: Root, migration_id: MigrationId, files: Mapping[str, list[int] | None]) -> None:
     """Note files that are being made, durably: their paths, and device and inode of those that are there."""
-    note = _note(root, migration_id)
-    temporary = note.with_name(note.name + _NEW)
-    with temporary.open("w") as file:
-        file.write(json.dumps(files))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(note)
-    directory = os.open(note.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_file(_note(root, migration_id), json.dumps(files), durable=True)
 
 
 def _make_empty(path: str) -> list[int]:
@@ -405,7 +392,7 @@ def keep_targets(root: Root, migration_id: MigrationId) -> None:
     """The guest runs on the files that were made: they are its disks now."""
     note = _note(root, migration_id)
     note.unlink(missing_ok=True)
-    note.with_name(note.name + _NEW).unlink(missing_ok=True)
+    note.with_name(note.name + NEW).unlink(missing_ok=True)
 
 
 def stray_targets(root: Root) -> set[str]:
@@ -585,7 +572,7 @@ class Copies:
         guard = anyio.CancelScope()
         with stream:
             stream.setblocking(False)
-            with anyio.move_on_after(_ANSWER_S):
+            with anyio.move_on_after(CONNECT_S):
                 await anyio.wait_readable(stream)
             try:
                 greeting = stream.recv(len(_NBD_MAGIC), socket.MSG_PEEK)
@@ -604,19 +591,13 @@ class Copies:
             }
             if self._options.tls:
                 node |= {"tls-creds": TLS_ID, "tls-hostname": self._tls_name}
-            self._tasks.start_soon(self._guard, stream, guard)
+            self._tasks.start_soon(cut_silent, stream, guard)
             try:
                 with anyio.CancelScope(shield=True):
                     await self._command(target, Command("getfd", {"fdname": _FD_NAME}, [stream.fileno()]))
                     await self._command(target, Command("blockdev-add", node))
             finally:
                 guard.cancel()
-
-    async def _guard(self, stream: socket.socket, scope: anyio.CancelScope) -> None:
-        with scope:
-            await anyio.sleep(_ANSWER_S)
-            with suppress(OSError):
-                stream.shutdown(socket.SHUT_RDWR)
 
     async def _command(self, target: str, command: Command) -> None:
         try:
@@ -708,8 +689,8 @@ async def _copy_nodes(guest: Guest) -> list[str]:
     return [str(node["node-name"]) for node in nodes if str(node["node-name"]).startswith(COPY_PREFIX)]
 
 
-async def yank(guest: Guest, nodes: Sequence[str] | None = None, *, stream: bool = False) -> bool:
-    """Break connections of QEMU's, out of band; returns whether the migration's was among them.
+async def yank(guest: Guest, nodes: Sequence[str] | None = None, *, stream: bool = False) -> None:
+    """Break connections of QEMU's, out of band.
 
     :param nodes: of which block nodes; None is those of all our copies.
     :param stream: that of the migration too.
@@ -738,5 +719,3 @@ async def yank(guest: Guest, nodes: Sequence[str] | None = None, *, stream: bool
     except MonitorError as error:
         # There is none where the transfer has just ended.
         _log.info("connections of domain %s could not be broken: %s", guest.record.name, error)
-        return False
-    return any(one["type"] == "migration" for one in instances)

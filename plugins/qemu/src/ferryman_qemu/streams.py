@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
+from contextlib import suppress
 
+import anyio
 import anyio.to_thread
 
 from ferryman.errors import PerformError
 from ferryman.types import Side
 from ferryman.uri import MigrationURI
+
+_log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 SILENCE_S = 30
@@ -37,6 +42,21 @@ async def connect(text: str) -> socket.socket:
             for stream in kept:
                 stream.close()
         raise
+
+
+async def cut_silent(stream: socket.socket, scope: anyio.CancelScope) -> None:
+    """End a connection unless ``scope`` is cancelled within :data:`CONNECT_S`.
+
+    QEMU's main loop waits for a peer that is to answer at once, and the guest with it; neither ``yank`` nor anything
+    else on the monitor ends that (seen on 7.2), but the end of the connection does.
+    """
+    with scope:
+        await anyio.sleep(CONNECT_S)
+        _log.warning(
+            "the other end was silent for %g s, and QEMU waits for it: the connection is cut", CONNECT_S
+        )
+        with suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
 
 
 def connect_stream(text: str) -> socket.socket:

@@ -24,9 +24,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ferryman.errors import HypervisorError
+from ferryman.uri import MigrationURI
+
+if TYPE_CHECKING:
+    from ferryman.types import MigrationOptions
 
 TLS_ID = "ferryman-tls"
 TLS_IDS = (TLS_ID, f"{TLS_ID}-authz")
@@ -66,6 +70,11 @@ def read_rules(path: str) -> dict[str, Any]:
     if not isinstance(rules, dict) or not rules.keys() <= {"policy", "rules"}:
         raise HypervisorError(f'{path} must hold {{"policy": ..., "rules": [...]}}')
     return rules
+
+
+def peer_name(options: MigrationOptions, uri: str) -> str:
+    """The name that the certificate of the server at a migration URI must bear."""
+    return options.tls_name or MigrationURI.parse(uri).host or ""
 
 
 def find_credentials(directory: Path) -> Credentials | None:

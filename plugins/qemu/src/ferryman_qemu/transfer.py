@@ -14,7 +14,8 @@ Post-copy
     A stream that breaks later leaves both halves waiting; it is mended, never given up.
 Abort
     The stream is broken out of band (``yank``), since QEMU's main loop may be silent at the end until the stream moves;
-    QEMU then fails the migration and resumes the guest itself.  Never ``migrate_cancel``: where it comes while the
+    QEMU then fails the migration and resumes the guest itself.  Never ``migrate_cancel``, but for ``pre-switchover``,
+    which QEMU leaves by our word alone (:func:`leave_switchover`): where it comes while the
     guest is being stopped, QEMU 7.2 resumes the guest on disks that it has given up, and aborts at the next write
     (``migration_completion`` takes them back only in the states ``active`` and ``device``).
 """
@@ -22,9 +23,7 @@ Abort
 from __future__ import annotations
 
 import logging
-import socket
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -36,8 +35,8 @@ from ferryman.types import Compression, GuestState, MigrationOptions, Side, Tran
 from ferryman.uri import MigrationURI
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout
 from ferryman_qemu.storage import Copies, CopyError, yank
-from ferryman_qemu.streams import CONNECT_S, SILENCE_S, connect
-from ferryman_qemu.tls import TLS_ID, read_rules
+from ferryman_qemu.streams import SILENCE_S, connect, cut_silent
+from ferryman_qemu.tls import TLS_ID, peer_name, read_rules
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -66,6 +65,9 @@ _SAMPLE_APART_S = 0.05
 _LOOK_AGAIN_S = 0.002
 _STOPPED_STATES = ("finish-migrate", "postmigrate")
 
+POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
+"""What ``query-migrate`` answers while a guest is split between two processes."""
+
 ACTIVE = frozenset(
     {
         "setup",
@@ -74,9 +76,7 @@ ACTIVE = frozenset(
         "pre-switchover",
         "cancelling",
         "wait-unplug",
-        "postcopy-active",
-        "postcopy-paused",
-        "postcopy-recover",
+        *POSTCOPY,
     }
 )
 """What ``query-migrate`` answers while a transfer has not ended (qapi/migration.json, MigrationStatus)."""
@@ -97,9 +97,6 @@ _CAPABILITIES = (
 
 _STREAMS = 2
 """Streams of a transfer that is compressed, where their number is not said; QEMU's own default."""
-
-POSTCOPY = ("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
-"""What ``query-migrate`` answers while a guest is split between two processes."""
 
 
 def streams_of(options: MigrationOptions) -> int:
@@ -256,7 +253,7 @@ class Transfer:
             options,
             uri=uri,
             targets=self._request.cookie["copied"].split(","),
-            tls_name=options.tls_name or MigrationURI.parse(uri).host or "",
+            tls_name=peer_name(options, uri),
             tasks=self._tasks,
             show=self._show_copies,
         )
@@ -308,7 +305,7 @@ class Transfer:
             with anyio.CancelScope(shield=True):
                 guard = anyio.CancelScope()
                 if self._request.options.tls:
-                    self._tasks.start_soon(self._guard_handshake, stream, guard)
+                    self._tasks.start_soon(cut_silent, stream, guard)
                 try:
                     await self._migrate(
                         Command("getfd", {"fdname": _FD_NAME}, [stream.fileno()]),
@@ -325,18 +322,6 @@ class Transfer:
         while (await self._guest.command("query-migrate")).get("status") == "setup":  # noqa: ASYNC110
             # QEMU tells neither the handshake's begin nor its end by an event.
             await anyio.sleep(_SAMPLE_APART_S)
-
-    async def _guard_handshake(self, stream: socket.socket, scope: anyio.CancelScope) -> None:
-        """Cut a connection whose other end is silent while the encryption begins.
-
-        QEMU's main loop waits for it then, and the guest with it; neither ``yank`` nor anything else on the monitor
-        ends that (seen on 7.2), but the end of the connection does.
-        """
-        with scope:
-            await anyio.sleep(CONNECT_S)
-            _log.warning("the other end was silent for %g s while the encryption began", CONNECT_S)
-            with suppress(OSError):
-                stream.shutdown(socket.SHUT_RDWR)
 
     async def _migrate(self, *commands: Command) -> None:
         """Tell QEMU to send; where it gets no descriptor, the command for that fails too."""
@@ -553,14 +538,12 @@ async def mend_source(guest: Guest, uri: str) -> None:
 async def settle_source(guest: Guest) -> str:
     """Wait until a source whose transfer failed has left ``finish-migrate``; returns its run state.
 
-    QEMU tells ``failed`` a moment before it resumes the guest.
+    QEMU tells ``failed`` a moment before it leaves that state, and by no event that it has left it where the guest was
+    paused before (migration/migration.c, migration_iteration_finish).
     """
-    with anyio.move_on_after(_END_PATIENCE_S), guest.control.events("RESUME", "STOP", "MIGRATION") as events:
-        state = await guest.run_state()
-        while state == "finish-migrate":
-            await events.get()
-            state = await guest.run_state()
-        return state
+    with anyio.move_on_after(_END_PATIENCE_S):
+        while await guest.run_state() == "finish-migrate":  # noqa: ASYNC110
+            await anyio.sleep(_LOOK_AGAIN_S)
     return await guest.run_state()
 
 
