@@ -306,6 +306,13 @@ def test_an_interface_on_a_tap(queues: int) -> None:
         assert [found.target for found in domain.statistics().interfaces] == [tap]
         domain.detach_device(f"<interface><mac address='{MAC.upper()}'/></interface>")
         assert not Path(f"/sys/class/net/{tap}").exists()
+        # The kernel names it, and it is counted by that name.
+        domain.attach_device(interface.replace(f"<target dev='{tap}'/>", ""))
+        (counted,) = domain.statistics().interfaces
+        assert counted.target.startswith("ferry")
+        assert Path(f"/sys/class/net/{counted.target}").exists()
+        assert (counted.mac, counted.rx_drops) == (MAC.lower(), 0)
+        assert counted.tx_bytes is not None
         domain.destroy()
 
 

@@ -18,7 +18,7 @@ from lxml import etree
 from ferryman.errors import DefinitionError
 from ferryman_qemu import choose
 from ferryman_qemu.choose import HostChooser
-from ferryman_qemu.machine import IGNORED, Machine, disk_paths, read_machine, read_pinned
+from ferryman_qemu.machine import IGNORED, Machine, read_machine, read_pinned
 from ferryman_qemu.machine.model import (
     Device,
     Disk,
@@ -293,7 +293,8 @@ def test_a_full_bus_gets_bridges() -> None:
 def test_disks_beyond_one_controller() -> None:
     letters = [f"vd{a}{b}" for a in ("", "a") for b in "abcdefghijklmnopqrstuvwxyz"][:40]
     made = pinned(domain("".join(disk(dev, path=f"/{dev}") for dev in letters)))
-    assert disk_paths(made) == tuple(f"/{dev}" for dev in letters)
+    assert [one.source and one.source.path for one in made.disks] == [f"/{dev}" for dev in letters]
+    assert len({one.address for one in made.disks}) == 40
     made = pinned(domain("".join(disk(f"sd{c}", bus="sata") for c in "abcdefghijklm"), machine="q35"))
     assert sum(c.kind == "sata" for c in made.controllers) == 3
 

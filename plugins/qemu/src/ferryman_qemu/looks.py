@@ -37,9 +37,13 @@ from ferryman_qemu.machine import read_pinned
 from ferryman_qemu.monitor import Command, MonitorError, QMPCommandError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anyio.abc import ByteStream
 
     from ferryman_qemu.guest import Guest
+    from ferryman_qemu.machine import Interface
+    from ferryman_qemu.machine.model import Disk
 
 _log = logging.getLogger(__name__)
 
@@ -163,13 +167,15 @@ class LookHooks(QemuHost):
             if await guest.is_ending():
                 return await self._count_ended(DomainUUID(guest.record.uuid))
             raise HypervisorError(str(error)) from error
-        root = read_pinned(guest.record.definition).definition.root
+        machine = read_pinned(guest.record.definition)
         return DomainStatistics(
             state=await guest.state(),
             current_memory_bytes=guest.current_memory_bytes,
             vcpu_time_s=_vcpu_times(guest.process.pid, cpus),
-            disks=_disks(root, blocks, blockstats),
-            interfaces=tuple(_interface(element) for element in root.findall("devices/interface")),
+            disks=_disks(machine.disks, blocks, blockstats),
+            interfaces=tuple(
+                _interface(one, guest.record.taps.get(one.alias, "")) for one in machine.interfaces
+            ),
             **_process_counters(guest),
         )
 
@@ -218,29 +224,17 @@ class _Drive:
         image: dict[str, Any] = inserted.get("image") or {}
         return image
 
-    @property
-    def path(self) -> str:
-        """The file behind it, without the names of QEMU's formats."""
-        inserted: dict[str, Any] = self.block.get("inserted") or {}
-        return str(self.image.get("filename") or inserted.get("file") or "")
-
 
 def _disks(
-    root: Any, blocks: list[dict[str, Any]], blockstats: list[dict[str, Any]]
+    disks: Sequence[Disk], blocks: list[dict[str, Any]], blockstats: list[dict[str, Any]]
 ) -> tuple[DiskStatistics, ...]:
-    """Counters of the disks of a definition, in its order."""
+    """Counters of disks, in their order."""
     by_place = {_place(found): found.get("stats") or {} for found in blockstats}
     drives = [_Drive(block=block, counters=by_place.get(_place(block), {})) for block in blocks]
     found = []
-    for element in root.findall("devices/disk"):
-        target, source, alias = (element.find(tag) for tag in ("target", "source", "alias"))
-        name = "" if target is None else str(target.get("dev"))
-        path = "" if source is None else str(source.get("file") or source.get("dev") or "")
-        label = "" if alias is None else str(alias.get("name"))
-        drive = next((d for d in drives if path and d.path == path), None) or next(
-            (d for d in drives if label and label in _place(d.block).split("/")), None
-        )
-        found.append(DiskStatistics(target=name) if drive is None else _disk(name, path, drive))
+    for disk in disks:
+        drive = next((d for d in drives if disk.alias in _place(d.block).split("/")), None)
+        found.append(DiskStatistics(target=disk.target) if drive is None else _disk(disk, drive))
     return tuple(found)
 
 
@@ -249,14 +243,14 @@ def _place(found: dict[str, Any]) -> str:
     return str(found.get("qdev") or found.get("device") or found.get("node-name") or "")
 
 
-def _disk(target: str, path: str, drive: _Drive) -> DiskStatistics:
+def _disk(disk: Disk, drive: _Drive) -> DiskStatistics:
     counters, image = drive.counters, drive.image
     physical: int | None = None
-    with suppress(OSError):
-        with open(path, "rb") as file:
+    if disk.source is not None and disk.source.kind != "nbd":
+        with suppress(OSError), open(disk.source.path, "rb") as file:
             physical = file.seek(0, os.SEEK_END)
     return DiskStatistics(
-        target=target,
+        target=disk.target,
         read_requests=counters.get("rd_operations"),
         read_bytes=counters.get("rd_bytes"),
         read_time_ns=counters.get("rd_total_time_ns"),
@@ -274,13 +268,13 @@ def _disk(target: str, path: str, drive: _Drive) -> DiskStatistics:
 _NET = Path("/sys/class/net")
 
 
-def _interface(element: Any, net: Path = _NET) -> InterfaceStatistics:
-    """Counters of an interface: those of its tap on the host, whose two directions are the other way round."""
-    target, mac = element.find("target"), element.find("mac")
-    name = "" if target is None else str(target.get("dev", ""))
-    address = "" if mac is None else str(mac.get("address", "")).lower()
-    if not name or "/" in name or name in (".", ".."):
-        return InterfaceStatistics(target="", mac=address)
+def _interface(interface: Interface, tap: str) -> InterfaceStatistics:
+    """Counters of an interface: those of its tap on the host, whose two directions are the other way round.
+
+    :param tap: its name, which the kernel may have chosen; '' where there is none.
+    """
+    if not tap:
+        return InterfaceStatistics(target="", mac=interface.mac)
     counters: dict[str, int] = {}
     for ours, theirs in (("rx", "tx"), ("tx", "rx")):
         for kind, file in (
@@ -290,5 +284,5 @@ def _interface(element: Any, net: Path = _NET) -> InterfaceStatistics:
             ("drops", "dropped"),
         ):
             with suppress(OSError, ValueError):
-                counters[f"{ours}_{kind}"] = int((net / name / "statistics" / f"{theirs}_{file}").read_text())
-    return InterfaceStatistics(target=name, mac=address, **counters)
+                counters[f"{ours}_{kind}"] = int((_NET / tap / "statistics" / f"{theirs}_{file}").read_text())
+    return InterfaceStatistics(target=tap, mac=interface.mac, **counters)

@@ -35,7 +35,7 @@ from ferryman.hookspecs import RestoreRequest, SaveRequest, hookimpl
 from ferryman.types import DomainEventKind, DomainInfo, DomainUUID
 from ferryman_qemu.guest import Guest, first_of
 from ferryman_qemu.host import QemuHost
-from ferryman_qemu.machine import Machine, read_machine, read_pinned
+from ferryman_qemu.machine import Machine, differences, read_machine, read_pinned
 from ferryman_qemu.monitor import Command
 from ferryman_qemu.probe import dotted
 from ferryman_qemu.savefile import Saved, SaveFile, open_saved, publish, save_path, unfinished_path
@@ -213,11 +213,14 @@ class SaveHooks(QemuHost):
             raise DefinitionError(f"{request.path} is damaged: it is of two domains")
         if request.definition is not None:
             given = self._pin(read_machine(request.definition))
-            for what, there, here in zip(_SAME, _seen_by_guest(machine), _seen_by_guest(given), strict=True):
-                if there != here:
-                    raise DefinitionError(
-                        f"the {what} of the definition and of the guest in {request.path} differ: it is another machine"
-                    )
+            changed = differences(machine, given)
+            if given.definition.uuid != saved.uuid:
+                changed.insert(0, "uuid")
+            if changed:
+                # QEMU itself would overlook much of it.
+                raise DefinitionError(
+                    f"the definition is another machine than the guest in {request.path}: {', '.join(changed)}"
+                )
             machine = given
         return self._admit(machine)
 
@@ -277,24 +280,6 @@ class SaveHooks(QemuHost):
                 _log.warning("the save of domain %s (%s) could not be settled: %s", name, uuid, error)
         elif guest.record.reboot or not guest.running:
             await self._settle_power(guest)
-
-
-_SAME = ("uuid", "machine type", "memory", "processors", "devices")
-
-
-def _seen_by_guest(machine: Machine) -> tuple[object, ...]:
-    """What the state in a file fits to, in the order of ``_SAME``; QEMU itself would overlook much of it."""
-    devices = [
-        (type(device).__name__, device.alias, device.address, getattr(device, "model", ""))
-        for device in machine.devices
-    ]
-    return (
-        machine.definition.uuid,
-        machine.machine,
-        machine.max_memory_bytes,
-        (machine.vcpus, machine.max_vcpus, machine.cpu),
-        devices,
-    )
 
 
 async def _copy(reading: int, file: int) -> None:

@@ -15,8 +15,6 @@ from ferryman_qemu.machine.build import (
     Site,
     boot_paths,
     command_line,
-    cpu_text,
-    disk_paths,
 )
 from ferryman_qemu.machine.compare import differences
 from ferryman_qemu.machine.ignored import IGNORED
@@ -34,9 +32,7 @@ __all__ = [
     "Site",
     "boot_paths",
     "command_line",
-    "cpu_text",
     "differences",
-    "disk_paths",
     "pin",
     "read_machine",
     "read_pinned",

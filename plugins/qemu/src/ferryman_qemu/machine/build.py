@@ -42,7 +42,7 @@ from ferryman_qemu.machine.pin import built_in
 from ferryman_qemu.machine.read import VNC_PORT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from ferryman_qemu.machine.model import Character
 
@@ -156,7 +156,7 @@ def _machine(machine: Machine, site: Site, line: CommandLine) -> None:
     if not machine.cells and not machine.memory.plain:
         options["memory-backend"] = "ram0"
     line.option("machine", machine.machine, *(f"{k}={v}" for k, v in options.items() if v))
-    line.option("cpu", cpu_text(machine))
+    line.option("cpu", _cpu_text(machine))
     cpu = machine.cpu
     sockets = cpu.sockets if cpu.sockets is not None else machine.max_vcpus
     line.option(
@@ -190,7 +190,7 @@ def _machine(machine: Machine, site: Site, line: CommandLine) -> None:
     line.option("action", *(f"{k}={v}" for k, v in actions.items()))
 
 
-def cpu_text(machine: Machine) -> str:
+def _cpu_text(machine: Machine) -> str:
     """The processor as ``-cpu`` takes it: model and features."""
     cpu, features, clock = machine.cpu, machine.features, machine.clock
     parts = [cpu.model]
@@ -425,8 +425,8 @@ def _controller(machine: Machine, controller: Controller, line: CommandLine) -> 
                 driver = controller.model
     values = _common(machine, controller, driver)
     if controller.master is not None:
-        values |= {"masterbus": f"usb{controller.index}.0", "firstport": controller.master}
-        values["masterbus"] = f"{_controller_id(machine, 'usb', controller.index)}.0"
+        master = _controller_id(machine, "usb", controller.index)
+        values |= {"masterbus": f"{master}.0", "firstport": controller.master}
     if controller.model == "pcie-root-port":
         values |= {"chassis": controller.chassis, "port": controller.port}
         if not controller.hotplug:
@@ -833,12 +833,6 @@ def on_off(value: bool) -> str:  # noqa: FBT001 - a switch's value
 
 def _maybe(value: bool | None) -> str:  # noqa: FBT001
     return "" if value is None else on_off(value)
-
-
-def disk_paths(machine: Machine) -> tuple[str, ...]:
-    """Files and devices of disks, which both hosts must reach."""
-    sources: Iterable[Source] = (disk.source for disk in machine.disks if disk.source is not None)
-    return tuple(source.path for source in sources if source.kind != "nbd")
 
 
 def boot_paths(machine: Machine) -> tuple[str, ...]:

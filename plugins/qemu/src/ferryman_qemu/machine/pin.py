@@ -52,8 +52,6 @@ from ferryman_qemu.machine.read import read_definition
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ferryman_qemu.machine.model import Address
-
 _SPARE_ROOT_PORTS = 4
 """Root ports that wait for devices to come, where the definition names none."""
 
@@ -876,6 +874,3 @@ def _child(parent: Any, tag: str, **attributes: str) -> Any:
     child = parent.makeelement(tag, attributes)
     parent.append(child)
     return child
-
-
-__all__ = ["Address", "Chooser", "pin"]

@@ -340,12 +340,11 @@ def _cells(cpu: Node | None, memory_bytes: int, max_vcpus: int) -> tuple[Cell, .
     for number, node in enumerate(numa.children("cell")):
         if node.number("id", 0, 127, number) != number:
             raise node.error("NUMA cells are numbered in their order, from 0")
-        node.get("unit")
         cells.append(
             Cell(
                 index=number,
                 cpus=_ranges(node, node.need("cpus"), max_vcpus),
-                memory_bytes=_cell_memory(node),
+                memory_bytes=node.amount_of("memory"),
             )
         )
     total = sum(cell.memory_bytes for cell in cells)
@@ -355,14 +354,6 @@ def _cells(cpu: Node | None, memory_bytes: int, max_vcpus: int) -> tuple[Cell, .
     if sorted(placed) != list(range(max_vcpus)):
         raise numa.error(f"the NUMA cells must hold each of the {max_vcpus} processors once")
     return tuple(cells)
-
-
-def _cell_memory(node: Node) -> int:
-    # The amount stands in an attribute here, and is read as elsewhere.
-    element = node.element.makeelement("memory")
-    element.text = node.need("memory")
-    element.set("unit", node.get("unit") or "KiB")
-    return Node(element).amount()
 
 
 def _ranges(node: Node, text: str, limit: int) -> tuple[tuple[int, int], ...]:
@@ -388,7 +379,7 @@ def _memory_backing(node: Node | None) -> Memory:
         pages = huge.children("page")
         if len(pages) > 1:
             raise pages[1].error("one size of huge pages serves the whole guest: remove the second <page>")
-        values["hugepage_bytes"] = _page_size(pages[0]) if pages else 0
+        values["hugepage_bytes"] = pages[0].amount_of("size") if pages else 0
     values["locked"] = node.flag("locked")
     values["merge"] = not node.flag("nosharepages")
     source = node.child("source")
@@ -403,13 +394,6 @@ def _memory_backing(node: Node | None) -> Memory:
             allocation.choice("mode", ("immediate", "ondemand"), "ondemand") == "immediate"
         )
     return Memory(**values)
-
-
-def _page_size(node: Node) -> int:
-    element = node.element.makeelement("size")
-    element.text = node.need("size")
-    element.set("unit", node.get("unit") or "KiB")
-    return Node(element).amount()
 
 
 def _clock(node: Node | None) -> Clock:
@@ -513,41 +497,12 @@ def _hyperv(node: Node | None) -> tuple[tuple[str, str], ...]:
 
 
 _SMBIOS = {
-    "bios": (0, {"vendor": "vendor", "version": "version", "date": "date", "release": "release"}),
-    "system": (
-        1,
-        {
-            "manufacturer": "manufacturer",
-            "product": "product",
-            "version": "version",
-            "serial": "serial",
-            "uuid": "uuid",
-            "sku": "sku",
-            "family": "family",
-        },
-    ),
-    "baseBoard": (
-        2,
-        {
-            "manufacturer": "manufacturer",
-            "product": "product",
-            "version": "version",
-            "serial": "serial",
-            "asset": "asset",
-            "location": "location",
-        },
-    ),
-    "chassis": (
-        3,
-        {
-            "manufacturer": "manufacturer",
-            "version": "version",
-            "serial": "serial",
-            "asset": "asset",
-            "sku": "sku",
-        },
-    ),
+    "bios": (0, ("vendor", "version", "date", "release")),
+    "system": (1, ("manufacturer", "product", "version", "serial", "uuid", "sku", "family")),
+    "baseBoard": (2, ("manufacturer", "product", "version", "serial", "asset", "location")),
+    "chassis": (3, ("manufacturer", "version", "serial", "asset", "sku")),
 }
+"""Elements of ``<sysinfo>``: number of the table, and its entries, which QEMU calls the same."""
 
 
 def _smbios(
@@ -560,16 +515,16 @@ def _smbios(
         return ()
     info.choice("type", ("smbios",))
     found = []
-    for tag, (number, entries) in _SMBIOS.items():
+    for tag, (number, names) in _SMBIOS.items():
         table = info.child(tag)
         if table is None:
             continue
         values = []
         for entry in table.children("entry"):
-            name = entry.choice("name", tuple(entries))
+            name = entry.choice("name", names)
             if name == "uuid" and entry.text().lower() != uuid:
                 raise entry.error("the uuid of <sysinfo> is the domain's: make them equal, or remove it")
-            values.append((entries[name], entry.text()))
+            values.append((name, entry.text()))
         found.append((number, tuple(values)))
     strings = info.child("oemStrings")
     if strings is not None:
@@ -1041,14 +996,12 @@ def _character(node: Node, kinds: tuple[str, ...] = _CHARACTER_KINDS) -> Charact
     values: dict[str, Any] = {"kind": kind}
     match kind:
         case "unix":
+            values["listen"] = True
             if source is not None:
                 values["listen"] = source.choice("mode", ("bind", "connect"), "connect") == "bind"
                 values["path"] = source.path("path") if source.get("path") is not None else ""
-            else:
-                values["listen"] = True
-            if not values["path" if source is not None else "listen"] and not values["listen"]:
-                raise node.error(f"a {node.tag} of type unix that connects needs a <source path=…>")
-            values.setdefault("path", "")
+                if not values["path"] and not values["listen"]:
+                    raise node.error(f"a {node.tag} of type unix that connects needs a <source path=…>")
         case "tcp":
             if source is None:
                 raise node.error(f"a {node.tag} of type tcp needs a <source host=… service=…>")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ferryman.definition import definition_error, read_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from ferryman.errors import DefinitionError
 
@@ -132,6 +132,12 @@ class Node:
         self._understood.texts.add(id(self.element))
         return read_memory(self.element)
 
+    def amount_of(self, name: str) -> int:
+        """An attribute that is an amount of memory, with the attribute ``unit``, KiB where it is not there; bytes."""
+        element = self.element.makeelement(name, unit=self.get("unit") or "KiB")
+        element.text = self.need(name)
+        return read_memory(element)
+
     def children(self, tag: str) -> list[Node]:
         """All children of a name, in their order."""
         return [Node(child, self._understood) for child in self.element.findall(tag)]
@@ -153,10 +159,6 @@ class Node:
     def flag(self, tag: str) -> bool:
         """Whether an empty child of a name is there."""
         return self.child(tag) is not None
-
-    def __iter__(self) -> Iterator[Node]:
-        """All children, in their order; each counts as asked for."""
-        return (Node(child, self._understood) for child in self.element)
 
     # What nobody asks for
 
