@@ -180,13 +180,20 @@ class Relay:
 
     :param target: where the receiver listens.
     :param bytes_per_s: how fast it passes the guest's state on; None is as fast as it comes.
+    :param cut_after_bytes: cut once so many bytes of the guest's state are passed on.
     :param cut_at_last_answer: swallow the receiver's last message, which says that it has everything, and cut.
     """
 
     def __init__(
-        self, target: tuple[str, int], *, bytes_per_s: int | None = None, cut_at_last_answer: bool = False
+        self,
+        target: tuple[str, int],
+        *,
+        bytes_per_s: int | None = None,
+        cut_after_bytes: int | None = None,
+        cut_at_last_answer: bool = False,
     ) -> None:
         self._bytes_per_s = bytes_per_s
+        self._cut_after_bytes = cut_after_bytes
         self._cut_at_last_answer = cut_at_last_answer
         self.swallowed = False
         self.passed_bytes = 0
@@ -233,7 +240,11 @@ class Relay:
                 if not self._reading:
                     select.select([self._wake], [], [])
                     return
-                data = self._theirs.recv(16384)
+                room = 16384 if self._cut_after_bytes is None else self._cut_after_bytes - self.passed_bytes
+                if room <= 0:
+                    self._cut()
+                    return
+                data = self._theirs.recv(min(room, 16384))
                 if not data:
                     break
                 self._ours.sendall(data)
