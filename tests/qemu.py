@@ -9,12 +9,12 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from urllib.parse import quote
 
 import pytest
@@ -180,7 +180,7 @@ class Relay:
 
     :param target: where the receiver listens.
     :param bytes_per_s: how fast it passes the guest's state on; None is as fast as it comes.
-    :param cut_after_bytes: cut once so many bytes of the guest's state are passed on.
+    :param stop_after_bytes: fall silent, and set ``stopped``, once so many bytes of the guest's state are passed on.
     :param cut_at_last_answer: swallow the receiver's last message, which says that it has everything, and cut.
     """
 
@@ -189,15 +189,15 @@ class Relay:
         target: tuple[str, int],
         *,
         bytes_per_s: int | None = None,
-        cut_after_bytes: int | None = None,
+        stop_after_bytes: int | None = None,
         cut_at_last_answer: bool = False,
     ) -> None:
         self._bytes_per_s = bytes_per_s
-        self._cut_after_bytes = cut_after_bytes
+        self._stop_after_bytes = stop_after_bytes
         self._cut_at_last_answer = cut_at_last_answer
         self.swallowed = False
         self.passed_bytes = 0
-        self._reading = True
+        self.stopped = threading.Event()
         self._wake, self._waker = socket.socketpair()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             # Small buffers, so that who stops reading is noticed.
@@ -211,13 +211,17 @@ class Relay:
         for end in (self._ours, self._theirs):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end.setblocking(True)
-        self._threads = [Thread(target=self._forward), Thread(target=self._answer)]
+        self._threads = [threading.Thread(target=each) for each in (self._forward, self._answer)]
         for thread in self._threads:
             thread.start()
 
     def stop_reading(self) -> None:
         """Fall silent: from now on nothing of the guest's state is read, and the connection stays."""
-        self._reading = False
+        self.stopped.set()
+
+    def end_sending(self) -> None:
+        """Say on both connections that nothing more comes, and still read nothing of what is sent."""
+        self._cut()
 
     def close(self) -> None:
         """Cut both connections, and end."""
@@ -237,14 +241,15 @@ class Relay:
         """Pass the state of the guest on."""
         with suppress(OSError):
             while True:
-                if not self._reading:
+                room = 16384
+                if self._stop_after_bytes is not None:
+                    room = min(room, self._stop_after_bytes - self.passed_bytes)
+                if room == 0:
+                    self.stopped.set()
+                if self.stopped.is_set():
                     select.select([self._wake], [], [])
                     return
-                room = 16384 if self._cut_after_bytes is None else self._cut_after_bytes - self.passed_bytes
-                if room <= 0:
-                    self._cut()
-                    return
-                data = self._theirs.recv(min(room, 16384))
+                data = self._theirs.recv(room)
                 if not data:
                     break
                 self._ours.sendall(data)

@@ -24,6 +24,7 @@ import pytest
 
 import ferryman
 import ferryman_qemu.streams
+import ferryman_qemu.transfer
 from ferryman import Connection, Domain, GuestState, MigrationOptions, PhaseEvent, ProgressEvent
 from ferryman.errors import (
     BeginError,
@@ -289,9 +290,12 @@ async def test_nobody_listens_any_more(field: Field, monkeypatch: pytest.MonkeyP
 async def test_the_stream_breaks_half_way(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     async with both(field) as (a, b):
         domain = await start(field, a)
-        with relayed(monkeypatch, partial(Relay, cut_after_bytes=8 * MIB)) as relays:
+        with relayed(monkeypatch, partial(Relay, stop_after_bytes=8 * MIB)) as relays:
             with pytest.raises(PerformError) as caught:
-                await domain.migrate(b)
+                async with domain.migrate(b) as job:
+                    await until_sending(job)
+                    assert await anyio.to_thread.run_sync(relays[0].stopped.wait, PROMPT_S)
+                    await anyio.to_thread.run_sync(relays[0].close)
             assert relays[0].passed_bytes == 8 * MIB
         assert told(caught.value) == (Phase.PERFORM, Side.SOURCE, GuestState.SOURCE)
         await assert_runs_only(field, a, b)
@@ -392,6 +396,26 @@ async def test_a_silent_receiver_ends_the_stream_by_itself(
                 os.kill(pids(field.roots[1])[0], signal.SIGSTOP)
                 with anyio.fail_after(30):
                     await job.result()
+        assert told(caught.value) == (Phase.PERFORM, Side.SOURCE, GuestState.SOURCE)
+        await assert_runs_only(field, a, b)
+        await retry_and_end(field, domain, b)
+
+
+async def test_a_peer_that_ends_its_half_and_reads_nothing(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TCP's own limits do not end this one: the peer's kernel answers every probe, and its window stays shut."""
+    monkeypatch.setattr(ferryman_qemu.transfer, "SILENCE_S", 3)
+    async with both(field) as (a, b):
+        domain = await start(field, a)
+        with relayed(monkeypatch, partial(Relay, stop_after_bytes=8 * MIB)) as relays:
+            with pytest.raises(PerformError) as caught:
+                async with domain.migrate(b) as job:
+                    await until_sending(job)
+                    assert await anyio.to_thread.run_sync(relays[0].stopped.wait, PROMPT_S)
+                    relays[0].end_sending()
+                    with anyio.fail_after(PROMPT_S):
+                        await job.result()
         assert told(caught.value) == (Phase.PERFORM, Side.SOURCE, GuestState.SOURCE)
         await assert_runs_only(field, a, b)
         await retry_and_end(field, domain, b)

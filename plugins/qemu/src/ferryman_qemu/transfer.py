@@ -23,7 +23,9 @@ Abort
 from __future__ import annotations
 
 import logging
+import socket
 import time
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -35,7 +37,7 @@ from ferryman.types import Compression, GuestState, MigrationOptions, Side, Tran
 from ferryman.uri import MigrationURI
 from ferryman_qemu.monitor import Command, MonitorClosedError, MonitorError, MonitorTimeout
 from ferryman_qemu.storage import Copies, CopyError, yank
-from ferryman_qemu.streams import SILENCE_S, connect, cut_silent
+from ferryman_qemu.streams import SILENCE_S, connect, cut_silent, taken
 from ferryman_qemu.tls import TLS_ID, peer_name, read_rules
 
 if TYPE_CHECKING:
@@ -200,6 +202,7 @@ class Transfer:
         self._tasks = tasks
         self._was_running = False
         self._streams = streams_of(request.options)
+        self._stream: socket.socket | None = None
         self._switching = False
         self._aborting = False
         self._trouble = ""
@@ -218,12 +221,14 @@ class Transfer:
             await self._copy_disks()
             with self._guest.control.events("MIGRATION", "MIGRATION_PASS") as events:
                 await self._begin()
-                sampling = anyio.CancelScope()
-                self._tasks.start_soon(self._sample, sampling)
-                try:
-                    return await self._follow(events)
-                finally:
-                    sampling.cancel()
+                # Our copy of the connection, if it stayed open, would keep the destination from noticing the end.
+                with self._stream or nullcontext():
+                    sampling = anyio.CancelScope()
+                    self._tasks.start_soon(self._sample, sampling)
+                    try:
+                        return await self._follow(events)
+                    finally:
+                        sampling.cancel()
         except MonitorClosedError as error:
             raise InDoubtError(
                 f"QEMU of domain {self._guest.record.name} ended during the transfer",
@@ -286,6 +291,7 @@ class Transfer:
         self._switching = True
 
     async def _begin(self) -> None:
+        """Tell QEMU to send, and keep a copy of its connection where it gets that from us."""
         if self._streams:
             # Each stream is a connection of its own, which QEMU makes itself.
             await anyio.lowlevel.checkpoint_if_cancelled()
@@ -299,7 +305,7 @@ class Transfer:
             raise self._failed(
                 f"the receiver at {self._request.migration_uri} cannot be reached: {error}"
             ) from error
-        with stream:
+        try:
             await anyio.lowlevel.checkpoint_if_cancelled()
             # INVARIANT: once QEMU may have been told to send, a cancellation goes through _abort, which ends that.
             with anyio.CancelScope(shield=True):
@@ -315,6 +321,10 @@ class Transfer:
                         await self._await_handshake()
                 finally:
                     guard.cancel()
+        except BaseException:
+            stream.close()
+            raise
+        self._stream = stream
         self.begun.set()
 
     async def _await_handshake(self) -> None:
@@ -405,7 +415,7 @@ class Transfer:
     async def _abort(self, events: EventStream) -> str:
         """End the transfer at any moment, and say how it ended."""
         self._aborting = True
-        await break_stream(self._guest)
+        await self._break()
         with anyio.move_on_after(_END_PATIENCE_S):
             return await self._wait_end(events)
         raise InDoubtError(
@@ -413,6 +423,17 @@ class Transfer:
             evidence_missing="QEMU's answer",
             side=Side.SOURCE,
         )
+
+    async def _break(self) -> None:
+        """End every connection of the transfer; QEMU then fails it, and resumes the guest by itself.
+
+        Ours is ended by our copy of it too: where the other end has ended its half, QEMU's return path closes the
+        descriptor while another thread waits in ``sendmsg`` on it, and ``yank`` finds nothing to end (seen on 7.2).
+        """
+        if self._stream is not None:
+            with suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)
+        await break_stream(self._guest)
 
     async def _reason(self) -> str:
         await settle_source(self._guest)
@@ -426,7 +447,7 @@ class Transfer:
         )
 
     async def _sample(self, scope: anyio.CancelScope) -> None:
-        """Show counters when a pass over the memory ends, and now and then between."""
+        """Show counters when a pass over the memory ends, and now and then between; end a stream that stands still."""
         with scope:
             last: object = None
             moved_at = anyio.current_time()
@@ -445,13 +466,21 @@ class Transfer:
                         return
                 if info:
                     self._request.progress(statistics_of(info))
-                now = (info.get("status"), (info.get("ram") or {}).get("transferred"))
-                if info and now != last:
-                    last, moved_at = now, anyio.current_time()
-                if self._streams and anyio.current_time() - moved_at > SILENCE_S and not self._switching:
+                now = last
+                if self._stream is not None:
+                    now = taken(self._stream)
+                elif info:
                     # QEMU's own connections have no limit to a peer's silence, so a cut network would go unnoticed.
-                    _log.warning("nothing of domain %s was sent for %d s", self._guest.record.name, SILENCE_S)
-                    await break_stream(self._guest)
+                    now = (info.get("status"), (info.get("ram") or {}).get("transferred"))
+                if now is None or now != last:
+                    last, moved_at = now, anyio.current_time()
+                if anyio.current_time() - moved_at > SILENCE_S and not self._switching:
+                    _log.warning(
+                        "nothing of domain %s was taken at the other end for %d s",
+                        self._guest.record.name,
+                        SILENCE_S,
+                    )
+                    await self._break()
                     return
 
 
