@@ -43,9 +43,10 @@ model: setup-test ## explore the handover, and mutants of it, in every state of 
 qemu: setup-test ## every option, cuts of copied disks, and every definition, on real QEMU
 	@$(BIN)/python -m tests.options.summary
 
-bench: ## measure migrations, and those of others
+bench: ## measure migrations, starts and counters, and those of others
 	$(SETUP) bench
 	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench.domains
 
 safety: ## measure what the journal costs
 	$(SETUP) bench

@@ -47,6 +47,7 @@ _ODD = 8192
 256 KiB (ferryman_qemu.probe), and finding out what was written takes longer where it is not."""
 _RESULTS = Path(".cache/results/bench.json")
 _TICK_HZ = 1000
+_FULL = "2G, disk, net"
 _SETTLE_TICKS = 150
 _IMPORTS = 15
 
@@ -118,6 +119,8 @@ class Report:
             f" blackout_minus_raw_ms={more:.1f}"
             f" wall_vs_libvirt={self.ratio('wall_ms', 'idle', 'ferryman', 'libvirt'):.2f}"
             f" parallel32_vs_raw={self.ratio('wall_ms', 'idle-100hz', 'ferryman', 'raw', 32):.2f}"
+            f" full_vs_raw={self.ratio('wall_ms', _FULL, 'ferryman', 'raw'):.2f}"
+            f" full_vs_libvirt={self.ratio('wall_ms', _FULL, 'ferryman', 'libvirt'):.2f}"
             f" import_ms={imports:.1f} peak_mib={self.peak_mib:.1f}"
         )
 
@@ -127,11 +130,13 @@ def _field(guest: CounterGuest, count: int, names: Sequence[str], report: Report
     """Start every peer with guests of its own, each with a witness."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fb-")))
-        image = directory / "image"
-        guest.write_image(image)
         players = []
         for name in names:
             witnesses = [stack.enter_context(Witness(directory)) for _ in range(count)]
+            # A disk that is written belongs to one guest.
+            images = [directory / f"{name}-{number}" for number in range(count)]
+            for image in images:
+                guest.write_image(image)
             specs = [
                 counter_guest(
                     guest,
@@ -140,7 +145,7 @@ def _field(guest: CounterGuest, count: int, names: Sequence[str], report: Report
                     image_path=image,
                     serial_socket_path=witness.socket_path,
                 )
-                for number, witness in enumerate(witnesses)
+                for number, (witness, image) in enumerate(zip(witnesses, images, strict=True))
             ]
             peer = _MAKERS[name]()
             stack.callback(peer.stop)
@@ -285,6 +290,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rounds", type=int, default=20, help="rounds with the idle guest (default %(default)s)"
     )
     parser.add_argument("--big-rounds", type=int, default=6, help="rounds with the 512 MiB guest")
+    parser.add_argument(
+        "--full-rounds",
+        type=int,
+        default=6,
+        help="rounds with the 2 GiB guest, which has a disk and a network card",
+    )
     parser.add_argument("--parallel", default="1,4,16,32", help="how many at once (default %(default)s)")
     parser.add_argument("--parallel-rounds", type=int, default=3)
     parser.add_argument(
@@ -320,6 +331,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if arguments.big_rounds:
         _measure(report, "512M, 384 full", big, names, rounds=arguments.big_rounds, faults=arguments.faults)
+    full = CounterGuest(
+        memory_bytes=2048 * _MIB + _ODD,
+        tick_hz=_TICK_HZ,
+        page_count=1024 * _MIB // 4096,
+        pages_per_tick=0,
+        prefill=True,
+        disk_ticks=128,
+        network=True,
+    )
+    if arguments.full_rounds:
+        _measure(report, _FULL, full, names, rounds=arguments.full_rounds, faults=arguments.faults)
     slow = CounterGuest(
         memory_bytes=32 * _MIB + _ODD, tick_hz=100, page_count=16, pages_per_tick=0, prefill=False
     )

@@ -146,6 +146,20 @@ class Peer(Protocol):
         :raises ValueError: a guest is not at the source of ``direction``; none was moved.
         """
 
+    def count_all(self, rounds: int) -> list[float]:
+        """Read the counters of every guest's state, processors and disks on host A, several times.
+
+        :returns: seconds that each look took, for all guests.
+        :raises PeerError: a guest did not answer.
+        """
+
+    def restart(self, guest: GuestSpec) -> float:
+        """End the guest on host A without its consent, and start it there again.
+
+        :returns: seconds from the order to start it until it runs.
+        :raises PeerError: it did not start.
+        """
+
     def pid(self, guest: GuestSpec) -> int:
         """The process of the QEMU that runs the guest now.
 

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 import anyio.to_thread
@@ -42,6 +43,8 @@ class FerrymanPeer:
         self._worker: subprocess.Popen[str] | None = None
         self._pids: dict[str, int] = {}
         self.peak_rss_bytes = 0
+        self.start_parts_ms: list[dict[str, float]] = []
+        """What each start by :meth:`restart` consists of, in the order of its parts."""
 
     @property
     def name(self) -> str:
@@ -86,6 +89,16 @@ class FerrymanPeer:
             )
             self._pids[name] = now[name]
         return samples
+
+    def count_all(self, rounds: int) -> list[float]:
+        return [float(taken_s) for taken_s in self._ask(command="count", rounds=rounds)["taken_s"]]
+
+    def restart(self, guest: GuestSpec) -> float:
+        assert self._directory is not None
+        answer = self._ask(command="restart", name=guest.name, definition=guest.domain_xml)
+        self._pids = pids_by_name(self._directory / Direction.A_TO_B.source.value)
+        self.start_parts_ms.append(answer["parts_ms"])
+        return float(answer["taken_s"])
 
     def pid(self, guest: GuestSpec) -> int:
         if guest.name not in self._pids:
@@ -176,6 +189,10 @@ async def _work(directory: str, switch: Any = None) -> None:
                         if switch is not None:
                             switch.on = request["journal_on"]
                         answer = await _migrate(request["names"], *((a, b) if there else (b, a)), marks)
+                    case "count":
+                        answer = {"taken_s": [await _count(a) for _ in range(request["rounds"])]}
+                    case "restart":
+                        answer = await _restart(a, request["name"], request["definition"])
                     case _:
                         for connection in (a, b):
                             for domain in await connection.list_domains():
@@ -216,6 +233,72 @@ async def _migrate(names: list[str], source: Any, destination: Any, marks: _Mark
     samples.sort(key=lambda sample: order[sample["guest"]])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"samples": [{**sample, "cpu_s": cpu_s} for sample in samples], "peak_rss_bytes": peak}
+
+
+async def _count(connection: Any) -> float:
+    begin_s = time.perf_counter()
+    found = await connection.statistics()
+    taken_s = time.perf_counter() - begin_s
+    if any(one.vcpu_time_s == () for one in found.values()):
+        raise PeerError("a guest did not give its counters")
+    return taken_s
+
+
+async def _restart(connection: Any, name: str, definition: str) -> dict[str, Any]:
+    await (await connection.lookup_by_name(name)).destroy()
+    with _parts() as parts_ms:
+        begin_s = time.perf_counter()
+        await connection.create(definition)
+        taken_s = time.perf_counter() - begin_s
+    # What is left of the whole, after its parts: the core, the events, the record of the process.
+    parts_ms["the rest"] = taken_s * 1000 - sum(parts_ms.values())
+    return {"taken_s": taken_s, "parts_ms": parts_ms}
+
+
+@contextmanager
+def _parts() -> Iterator[dict[str, float]]:
+    """Measure the parts of a start; they do not overlap."""
+    from ferryman_qemu import domains, host
+    from ferryman_qemu.host import QemuHost
+    from ferryman_qemu.machine.build import command_line
+    from ferryman_qemu.machine.read import read_machine
+    from ferryman_qemu.monitor import Monitor
+    from ferryman_qemu.process import Process
+
+    parts_ms: dict[str, float] = {}
+
+    def plain(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            begin_s = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                parts_ms[label] = parts_ms.get(label, 0) + (time.perf_counter() - begin_s) * 1000
+
+        return timed
+
+    def waiting(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def timed(*arguments: Any, **named: Any) -> Any:
+            begin_s = time.perf_counter()
+            try:
+                return await function(*arguments, **named)
+            finally:
+                parts_ms[label] = parts_ms.get(label, 0) + (time.perf_counter() - begin_s) * 1000
+
+        return timed
+
+    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
+        (domains, "read_machine", plain("definition", read_machine)),
+        (QemuHost, "_pin", plain("pinning", QemuHost._pin)),
+        (host, "command_line", plain("command line", command_line)),
+        (Process, "spawn", plain("fork and exec", Process.spawn)),
+        (Monitor, "_negotiate", waiting("QEMU, until it answers", Monitor._negotiate)),
+        (QemuHost, "_set_out", waiting("cont", QemuHost._set_out)),
+    ]
+    with ExitStack() as stack:
+        for owner, name, function in wrapped:
+            stack.enter_context(patch.object(owner, name, function))
+        yield parts_ms
 
 
 def main() -> None:

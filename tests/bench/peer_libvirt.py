@@ -80,13 +80,29 @@ class LibvirtPeer:
             raise
         # The first question about QEMU makes a daemon probe it; let that be over before anything is measured.
         self._all([self._virsh(host, "domcapabilities", "--virttype", "qemu") for host in Host])
-        definitions = {guest.name: directory / f"{guest.name}.xml" for guest in guests}
         for guest in guests:
-            definitions[guest.name].write_text(guest.domain_xml)
-        self._all([self._virsh(Host.A, "create", str(definition)) for definition in definitions.values()])
+            self._definition(guest).write_text(guest.domain_xml)
+        self._all([self._virsh(Host.A, "create", str(self._definition(guest))) for guest in guests])
         for guest in guests:
             self._at[guest.name] = Host.A
             self._pids[guest.name] = self._hosts[Host.A].qemu_pid(guest.name)
+
+    def _definition(self, guest: GuestSpec) -> Path:
+        assert self._directory is not None
+        return Path(self._directory.name, f"{guest.name}.xml")
+
+    def count_all(self, rounds: int) -> list[float]:
+        looks = "; ".join(["domstats --list-running --state --cpu-total --vcpu --block"] * rounds)
+        (virsh,) = self._all([self._virsh(Host.A, "--timing", looks)])
+        return [float(ms) / 1000 for ms in re.findall(r"\(Time: ([\d.]+) ms\)", virsh.printed)]
+
+    def restart(self, guest: GuestSpec) -> float:
+        self._all([self._virsh(Host.A, "destroy", guest.name)])
+        begin_s = time.perf_counter()
+        self._all([self._virsh(Host.A, "create", str(self._definition(guest)))])
+        taken_s = time.perf_counter() - begin_s
+        self._pids[guest.name] = self._hosts[Host.A].qemu_pid(guest.name)
+        return taken_s
 
     def migrate(self, guest: GuestSpec, direction: Direction) -> Sample:
         (sample,) = self.migrate_many([guest], direction)

@@ -195,6 +195,14 @@ class _Qemu:
         os.close(self._stderr_fd)
 
 
+_COUNTERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("query-status", {}),
+    ("query-cpus-fast", {}),
+    ("query-block", {}),
+    ("query-blockstats", {}),
+)
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Running:
     qemu: _Qemu
@@ -247,12 +255,7 @@ class RawPeer:
                 qemu=_Qemu(guest.qemu_argv, timeout_s=self._timeout_s), host=Host.A
             )
         for guest in guests:
-            qemu = self._running[guest.name].qemu
-            with _blame(guest, qemu):
-                greeted, status = qemu.monitor.send(("qmp_capabilities", {}), ("query-status", {}))
-                qemu.monitor.answer(greeted)
-                if not qemu.monitor.answer(status)["running"]:
-                    raise PeerError("the guest does not run")
+            self._await_running(guest)
 
     def migrate(self, guest: GuestSpec, direction: Direction) -> Sample:
         t_call_ns = time.monotonic_ns()
@@ -267,6 +270,38 @@ class RawPeer:
                 pool.submit(self._migrate, guest, direction, t_call_ns) for guest in guests
             ]
         return [future.result() for future in futures]
+
+    def _await_running(self, guest: GuestSpec) -> None:
+        qemu = self._running[guest.name].qemu
+        with _blame(guest, qemu):
+            greeted, status = qemu.monitor.send(("qmp_capabilities", {}), ("query-status", {}))
+            qemu.monitor.answer(greeted)
+            if not qemu.monitor.answer(status)["running"]:
+                raise PeerError("the guest does not run")
+
+    def count_all(self, rounds: int) -> list[float]:
+        taken_s = []
+        for _ in range(rounds):
+            begin_s = time.perf_counter()
+            asked = []
+            for running in self._running.values():
+                monitor = running.qemu.monitor
+                monitor.rearm()
+                asked.append((monitor, monitor.send(*_COUNTERS)))
+            for monitor, ids in asked:
+                for command_id in ids:
+                    monitor.answer(command_id)
+            taken_s.append(time.perf_counter() - begin_s)
+        return taken_s
+
+    def restart(self, guest: GuestSpec) -> float:
+        self._running.pop(guest.name).qemu.kill()
+        begin_s = time.perf_counter()
+        self._running[guest.name] = _Running(
+            qemu=_Qemu(guest.qemu_argv, timeout_s=self._timeout_s), host=Host.A
+        )
+        self._await_running(guest)
+        return time.perf_counter() - begin_s
 
     def pid(self, guest: GuestSpec) -> int:
         if guest.name not in self._running:

@@ -44,8 +44,9 @@ _SLOWEST_TICK_HZ, _FASTEST_TICK_HZ = 19, 1000
 
 # SeaBIOS keeps its tables in the last 256 KiB of memory and has used what lies below them while it started.
 _FIRMWARE_BYTES = 1024 * 1024
-# The PC's memory is in one piece, from address 0, only up to the PCI hole.
-_LARGEST_MEMORY_BYTES = 2 * 1024**3
+# The PC's memory is in one piece, from address 0, only up to the PCI hole (QEMU hw/i386/pc_piix.c: 3.5 GiB).
+_LARGEST_MEMORY_BYTES = 3 * 1024**3
+_MAC = "52:54:00:00:00:01"
 
 _REPORTED_PAGE_ERRORS = 16
 
@@ -95,7 +96,7 @@ class VerifyReport:
 class CounterGuest:
     """One choice of the guest's parameters; images, machines and checks of memory follow from it.
 
-    :param memory_bytes: a multiple of 8 KiB, up to 2 GiB.
+    :param memory_bytes: a multiple of 8 KiB, up to 3 GiB.
     :param tick_hz: 19 to 1000.
     :param page_count: how many pages of 4 KiB are written, from 2 MiB upwards; the last MiB of memory stays
         with the firmware.
@@ -104,6 +105,7 @@ class CounterGuest:
         is zero and a migration has to send all of them.
     :param disk_ticks: write the counters to the disk once in so many ticks, a power of two from 2 to 128; the disk
         is then a writable one. 0 never writes.
+    :param network: a virtio network card too, with QEMU's user network; the guest has no driver for it.
     :raises ValueError: a parameter is outside its range, or the pages do not fit into the memory.
     """
 
@@ -113,10 +115,11 @@ class CounterGuest:
     pages_per_tick: int = 0
     prefill: bool = False
     disk_ticks: int = 0
+    network: bool = False
 
     def __post_init__(self) -> None:
         if self.memory_bytes % 8192 or not 0 < self.memory_bytes <= _LARGEST_MEMORY_BYTES:
-            raise ValueError(f"memory_bytes must be a multiple of 8 KiB up to 2 GiB, not {self.memory_bytes}")
+            raise ValueError(f"memory_bytes must be a multiple of 8 KiB up to 3 GiB, not {self.memory_bytes}")
         if not _SLOWEST_TICK_HZ <= self.tick_hz <= _FASTEST_TICK_HZ:
             raise ValueError(f"tick_hz must be 19 to 1000, not {self.tick_hz}")
         most_pages = _most_pages(self.memory_bytes)
@@ -205,6 +208,7 @@ class CounterGuest:
                 f"      <source file={quoteattr(os.fspath(image_path))}/>\n"
                 f"{self._target_xml()}"
                 "    </disk>\n"
+                f"{self._network_xml()}"
             ),
             serial_socket_path=serial_socket_path,
         )
@@ -213,6 +217,11 @@ class CounterGuest:
         if self.disk_ticks:
             return "      <target dev='hda' bus='ide'/>\n"
         return "      <target dev='vda' bus='virtio'/>\n      <readonly/>\n"
+
+    def _network_xml(self) -> str:
+        if not self.network:
+            return ""
+        return f"    <interface type='user'><mac address='{_MAC}'/><model type='virtio'/></interface>\n"
 
     def qemu_argv(
         self,
@@ -235,6 +244,11 @@ class CounterGuest:
         :param incoming: start with ``-incoming defer``: ``migrate-incoming`` says where to listen.
         """
         read_only = "off" if self.disk_ticks else "on"
+        network = (
+            ["-netdev", "user,id=net", "-device", f"virtio-net-pci,netdev=net,mac={_MAC}"]
+            if self.network
+            else []
+        )
         return machine_argv(
             name=name,
             uuid=uuid,
@@ -249,6 +263,7 @@ class CounterGuest:
                 f"driver=raw,file=image-file,node-name=image,read-only={read_only}",
                 "-device",
                 f"{'ide-hd,bus=ide.0,unit=0' if self.disk_ticks else 'virtio-blk-pci'},drive=image,bootindex=1",
+                *network,
             ],
             serial_socket_path=serial_socket_path,
             qmp_socket_path=qmp_socket_path,

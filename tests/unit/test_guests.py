@@ -109,7 +109,7 @@ class TestCounterImage:
         [
             ({"memory_bytes": 64 * MIB + 4096}, "memory_bytes"),
             ({"memory_bytes": 0}, "memory_bytes"),
-            ({"memory_bytes": 3 * 1024 * MIB}, "memory_bytes"),
+            ({"memory_bytes": 3 * 1024 * MIB + 8192}, "memory_bytes"),
             ({"tick_hz": 18}, "tick_hz"),
             ({"tick_hz": 1001}, "tick_hz"),
             ({"page_count": 0}, "page_count"),

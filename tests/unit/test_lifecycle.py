@@ -283,7 +283,7 @@ async def test_statistics_of_many(lab: World, monkeypatch: pytest.MonkeyPatch) -
                 raise DomainNotFoundError("planted", domain=request.name)
             if request.name == Plain.failing:
                 raise HypervisorError("planted")
-            return self._statistics(request.uuid)
+            return DomainStatistics(state=self._require_info(request.uuid).state)
 
     monkeypatch.setattr(Plain, "host_statistics", None)
     monkeypatch.setattr("ferryman.connection.open_driver", lambda _uri: _hooks(Plain()))

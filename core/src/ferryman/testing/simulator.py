@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import anyio
@@ -169,56 +171,55 @@ class SimulatedDriver:
             raise DomainStateError(f"domain {name or uuid} is not active at {self._host.name}", domain=name)
         return process
 
-    def _info(self, uuid: DomainUUID) -> DomainInfo | None:
-        process = self._host.active(uuid)
-        text = process.definition if process is not None else self._host.defined.get(uuid)
-        if text is None:
-            return None
-        definition = parse_definition(text)
+    def _infos(self) -> dict[DomainUUID, DomainInfo]:
+        """All domains, the active ones first."""
+        active = self._host.actives()
+        return {
+            uuid: self._info(uuid, active.get(uuid)) for uuid in dict.fromkeys([*active, *self._host.defined])
+        }
+
+    def _info(self, uuid: DomainUUID, process: Process | None) -> DomainInfo:
+        text = self._host.defined[uuid] if process is None else process.definition
+        facts = _facts(text)
         state = DomainState.SHUT_OFF
         if process is not None:
             state = DomainState.RUNNING if process.state is ProcessState.RUNNING else DomainState.PAUSED
         return DomainInfo(
-            name=definition.name,
+            name=facts.name,
             uuid=uuid,
             state=state,
             persistent=uuid in self._host.defined,
-            memory_bytes=definition.memory_bytes,
-            vcpus=definition.vcpus,
+            memory_bytes=facts.memory_bytes,
+            vcpus=facts.vcpus,
             autostart=uuid in self._host.autostart,
-            current_memory_bytes=_current_memory(definition) if process is not None else None,
+            current_memory_bytes=None if process is None else facts.current_memory_bytes,
         )
 
     def _require_info(self, uuid: DomainUUID, name: str = "") -> DomainInfo:
-        info = self._info(uuid)
-        if info is None:
+        process = self._host.active(uuid)
+        if process is None and uuid not in self._host.defined:
             raise DomainNotFoundError(f"no domain {name or uuid} at {self._host.name}", domain=name or uuid)
-        return info
-
-    def _uuids(self) -> list[DomainUUID]:
-        active = [p.uuid for p in self._host.processes.values() if self._host.active(p.uuid) is p]
-        return list(dict.fromkeys([*active, *self._host.defined]))
+        return self._info(uuid, process)
 
     @hookimpl
     async def domain_list(self, request: HostRequest) -> list[DomainInfo]:
-        return [self._require_info(uuid) for uuid in self._uuids()]
+        return list(self._infos().values())
 
     @hookimpl
     async def domain_lookup(self, request: LookupRequest) -> DomainInfo:
         if request.uuid is not None:
             return self._require_info(request.uuid)
-        for uuid in self._uuids():
-            info = self._require_info(uuid)
+        for info in self._infos().values():
             if info.name == request.name:
                 return info
         raise DomainNotFoundError(f"no domain {request.name} at {self._host.name}", domain=request.name or "")
 
     def _read(self, text: str) -> Definition:
         definition = parse_definition(text)
-        for uuid in self._uuids():
-            if self._require_info(uuid).name == definition.name and uuid != definition.uuid:
+        for info in self._infos().values():
+            if info.name == definition.name and info.uuid != definition.uuid:
                 raise DomainExistsError(
-                    f"the name {definition.name} belongs to domain {uuid}", domain=definition.name
+                    f"the name {definition.name} belongs to domain {info.uuid}", domain=definition.name
                 )
         return definition
 
@@ -415,16 +416,13 @@ class SimulatedDriver:
 
     @hookimpl
     async def domain_statistics(self, request: DomainRequest) -> DomainStatistics:
-        return self._statistics(request.uuid, request.name)
+        return _statistics(self._require_info(request.uuid, request.name))
 
     @hookimpl
     async def host_statistics(self, request: StatisticsRequest) -> dict[DomainUUID, DomainStatistics]:
-        asked = self._uuids() if request.uuids is None else request.uuids
-        return {uuid: self._statistics(uuid) for uuid in asked if self._info(uuid) is not None}
-
-    def _statistics(self, uuid: DomainUUID, name: str = "") -> DomainStatistics:
-        info = self._require_info(uuid, name)
-        return DomainStatistics(state=info.state, current_memory_bytes=info.current_memory_bytes)
+        infos = self._infos()
+        asked = infos if request.uuids is None else request.uuids
+        return {uuid: _statistics(infos[uuid]) for uuid in asked if uuid in infos}
 
     def _end(self, process: Process, kind: DomainEventKind) -> None:
         process.state = ProcessState.GONE
@@ -736,6 +734,28 @@ class SimulatedDriver:
         )
 
 
-def _current_memory(definition: Definition) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Facts:
+    """What a definition says of a domain."""
+
+    name: str
+    memory_bytes: int
+    vcpus: int
+    current_memory_bytes: int
+
+
+@lru_cache(maxsize=4096)
+def _facts(text: str) -> _Facts:
+    """Read a definition; kept, since every look at a host with many domains reads them all."""
+    definition = parse_definition(text)
     element = definition.root.find("currentMemory")
-    return definition.memory_bytes if element is None else read_memory(element)
+    return _Facts(
+        name=definition.name,
+        memory_bytes=definition.memory_bytes,
+        vcpus=definition.vcpus,
+        current_memory_bytes=definition.memory_bytes if element is None else read_memory(element),
+    )
+
+
+def _statistics(info: DomainInfo) -> DomainStatistics:
+    return DomainStatistics(state=info.state, current_memory_bytes=info.current_memory_bytes)

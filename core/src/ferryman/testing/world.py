@@ -79,12 +79,17 @@ class HostState:
         """Where the host's journal lies."""
         return Path(self.directory.name) / "journal"
 
+    def actives(self) -> dict[DomainUUID, Process]:
+        """The process of every active domain, receivers left out."""
+        return {
+            process.uuid: process
+            for process in self.processes.values()
+            if process.state is not ProcessState.GONE and not process.migration
+        }
+
     def active(self, uuid: DomainUUID) -> Process | None:
         """The domain's process, receivers left out."""
-        for process in self.processes.values():
-            if process.uuid == uuid and process.state is not ProcessState.GONE and not process.migration:
-                return process
-        return None
+        return self.actives().get(uuid)
 
 
 class World:
