@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import quote
 
+import anyio
 import pytest
 
+from ferryman import Connection
 from tests.guests.counter import CounterGuest
 from tests.guests.inspect import dump_memory, run_directories
 from tests.guests.linux import KERNEL_DIRECTORY, TICK_PREFIX, LinuxGuest, build_initramfs
@@ -175,25 +178,49 @@ def laid_out(guest: CounterGuest | LinuxGuest = USUAL, *, directory: Path | None
                 end_process(pid)
 
 
+async def settled(*ends: Connection) -> None:
+    """Wait until nothing is open at any of these hosts."""
+    with anyio.fail_after(PROMPT_S):
+        while any(end.open_migrations() for end in ends):
+            await anyio.sleep(0.02)
+
+
+Target: TypeAlias = tuple[str, int] | str
+
+
+def _connected(target: Target) -> socket.socket:
+    if not isinstance(target, str):
+        return socket.create_connection(target, timeout=PROMPT_S)
+    stream = socket.socket(socket.AF_UNIX)
+    stream.settimeout(PROMPT_S)
+    stream.connect(target)
+    return stream
+
+
 class Relay:
     """A man in the middle of one migration stream, in threads of its own.
 
-    :param target: where the receiver listens.
+    :param target: where the receiver listens: host and port, or the path of a unix socket.
     :param bytes_per_s: how fast it passes the guest's state on; None is as fast as it comes.
     :param stop_after_bytes: fall silent, and set ``stopped``, once so many bytes of the guest's state are passed on.
+    :param stop_at: what to look for in the guest's state; from its first occurrence on, ``stop_after_bytes`` counts.
+    :param buffer_bytes: how much the system keeps for who reads slowly, on each side of the sender's connection.
     :param cut_at_last_answer: swallow the receiver's last message, which says that it has everything, and cut.
     """
 
     def __init__(
         self,
-        target: tuple[str, int],
+        target: Target,
         *,
         bytes_per_s: int | None = None,
         stop_after_bytes: int | None = None,
+        stop_at: bytes = b"",
+        buffer_bytes: int = 65536,
         cut_at_last_answer: bool = False,
     ) -> None:
         self._bytes_per_s = bytes_per_s
         self._stop_after_bytes = stop_after_bytes
+        self._stop_at = stop_at
         self._cut_at_last_answer = cut_at_last_answer
         self.swallowed = False
         self.passed_bytes = 0
@@ -201,15 +228,16 @@ class Relay:
         self._wake, self._waker = socket.socketpair()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             # Small buffers, so that who stops reading is noticed.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-            self._ours = socket.create_connection(target, timeout=PROMPT_S)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+            self._ours = _connected(target)
             self.stream = socket.socket()
-            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             self.stream.settimeout(PROMPT_S)
             self.stream.connect(listener.getsockname())
             self._theirs, _ = listener.accept()
         for end in (self._ours, self._theirs):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if end.family != socket.AF_UNIX:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end.setblocking(True)
         self._threads = [threading.Thread(target=each) for each in (self._forward, self._answer)]
         for thread in self._threads:
@@ -218,6 +246,10 @@ class Relay:
     def stop_reading(self) -> None:
         """Fall silent: from now on nothing of the guest's state is read, and the connection stays."""
         self.stopped.set()
+
+    def go_on(self) -> None:
+        """Pass on what has been held back, and what comes."""
+        self._waker.send(b"\0")
 
     def end_sending(self) -> None:
         """Say on both connections that nothing more comes, and still read nothing of what is sent."""
@@ -239,21 +271,32 @@ class Relay:
 
     def _forward(self) -> None:
         """Pass the state of the guest on."""
+        tail = held = b""
+        looking, left = bool(self._stop_at), None if self._stop_at else self._stop_after_bytes
         with suppress(OSError):
             while True:
-                room = 16384
-                if self._stop_after_bytes is not None:
-                    room = min(room, self._stop_after_bytes - self.passed_bytes)
-                if room == 0:
-                    self.stopped.set()
                 if self.stopped.is_set():
-                    select.select([self._wake], [], [])
-                    return
-                data = self._theirs.recv(room)
-                if not data:
-                    break
+                    if not self._wake.recv(1):
+                        return
+                    self.stopped.clear()
+                    data, held, left = held, b"", None
+                else:
+                    data = self._theirs.recv(16384)
+                    if not data:
+                        break
+                if looking:
+                    seen = tail + data
+                    if (at := seen.find(self._stop_at)) >= 0:
+                        looking, left = False, max(0, at - len(tail)) + (self._stop_after_bytes or 0)
+                    # It may begin in one piece and end in the next.
+                    tail = seen[-len(self._stop_at) + 1 :]
+                if left is not None:
+                    data, held = data[:left], data[left:]
+                    left -= len(data)
                 self._ours.sendall(data)
                 self.passed_bytes += len(data)
+                if left == 0:
+                    self.stopped.set()
                 if self._bytes_per_s is not None:
                     select.select([self._wake], [], [], len(data) / self._bytes_per_s)
             self._ours.shutdown(socket.SHUT_WR)
@@ -288,9 +331,7 @@ _SHUT = 1  # MIG_RP_MSG_SHUT (QEMU 7.2, migration/migration.h)
 
 
 @contextmanager
-def relayed(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[tuple[str, int]], Relay]
-) -> Iterator[list[Relay]]:
+def relayed(monkeypatch: pytest.MonkeyPatch, make: Callable[[Target], Relay]) -> Iterator[list[Relay]]:
     """Lead every transfer of this process through a relay; they are in the list that the block gets."""
     import ferryman_qemu.streams
     from ferryman.uri import MigrationURI
@@ -299,9 +340,12 @@ def relayed(
 
     def connect_stream(text: str) -> socket.socket:
         uri = MigrationURI.parse(text)
-        assert uri.host is not None
-        assert uri.port is not None
-        relays.append(make((uri.host, uri.port)))
+        if uri.protocol == "unix":
+            relays.append(make(uri.path))
+        else:
+            assert uri.host is not None
+            assert uri.port is not None
+            relays.append(make((uri.host, uri.port)))
         return relays[-1].stream
 
     with monkeypatch.context() as patch:

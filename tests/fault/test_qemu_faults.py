@@ -59,6 +59,7 @@ from tests.qemu import (
     laid_out,
     need,
     relayed,
+    settled,
 )
 
 if TYPE_CHECKING:
@@ -86,13 +87,6 @@ async def start(field: Field, connection: Connection) -> Domain:
     domain = await connection.create(field.definition)
     await anyio.to_thread.run_sync(field.wait_ticks, 50)
     return domain
-
-
-async def settled(*ends: Connection) -> None:
-    """Wait until nothing is open at any of these hosts."""
-    with anyio.fail_after(PROMPT_S):
-        while any(end.open_migrations() for end in ends):
-            await anyio.sleep(0.02)
 
 
 async def assert_runs_only(field: Field, here: Connection, there: Connection) -> Domain:

@@ -21,6 +21,7 @@ import anyio
 import pytest
 
 import ferryman
+import ferryman.connection
 import ferryman.sync
 from ferryman import MigrationOptions
 from ferryman.errors import (
@@ -35,7 +36,7 @@ from ferryman.errors import (
     PlanBlockedError,
     PlanStaleError,
 )
-from ferryman.hookspecs import HostRequest, hookimpl
+from ferryman.hookspecs import HostRequest, OpenReply, OpenRequest, hookimpl
 from ferryman.types import DomainEventKind, DomainState, Feature, GuestState, Side
 from ferryman_qemu.driver import QemuDriver
 from ferryman_qemu.probe import Emulator
@@ -44,6 +45,8 @@ from tests.guests.linux import KERNEL_DIRECTORY, LinuxGuest
 from tests.qemu import MIB, NAME, PROMPT_S, Field, emulators, laid_out, need
 
 if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+
     from ferryman.capabilities import Capabilities
     from ferryman.sync import Connection
 
@@ -115,6 +118,34 @@ def test_a_guest_outlives_a_program_that_was_killed(field: Field) -> None:
         field.assert_unbroken(crossings=0)
         a.lookup_by_name(NAME).destroy()
         a.lookup_by_name(NAME).undefine()
+
+
+async def test_an_opening_that_meets_a_question_of_the_same_program(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The opening finds the host in use, by a question that is answered before it goes on: it gets the host."""
+    found, answered = anyio.Event(), anyio.Event()
+    real = QemuDriver.connection_open
+
+    async def connection_open(self: QemuDriver, request: OpenRequest) -> OpenReply:
+        reply = await real(self, request)
+        if reply.looks_on:
+            found.set()
+            await answered.wait()
+        return reply
+
+    monkeypatch.setattr(QemuDriver, "connection_open", hookimpl(connection_open))
+
+    async def ask(*, task_status: TaskStatus[None]) -> None:
+        async with ferryman.connection._peer_connection(field.uris[0]):
+            task_status.started()
+            await found.wait()
+        answered.set()
+
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(ask)
+        async with ferryman.connect(field.uris[0]) as opened:
+            assert opened.open_migrations() == []
 
 
 def test_a_second_program_looks_on(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:

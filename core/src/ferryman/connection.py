@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import uuid as uuid_module
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -92,8 +94,20 @@ _MAX_DIRTY_RATE_S = 60
 _open_hosts: dict[tuple[Any, str], Connection] = {}
 """Hosts that are open in this process, by event loop and address: asking one of them needs no second opening."""
 
-_asked_hosts: dict[tuple[Any, str], anyio.Event] = {}
-"""Hosts that are open in this process for one question only; set when it has been answered."""
+
+@dataclass(eq=False, slots=True)
+class _Question:
+    """A host is open in this process for one question only, or was."""
+
+    answered: anyio.Event
+    answered_at: float = math.inf
+
+
+_questions: dict[tuple[Any, str], _Question] = {}
+"""The last question to a host, by event loop and address."""
+
+_QUESTION_KEPT_S = 60.0
+"""Longer than an opening takes: one that began before the answer found the host in use, and may have it now."""
 
 
 def connect(uri: str | ConnectionURI) -> Connection:
@@ -127,7 +141,7 @@ class Connection:
         self._reply = OpenReply()
         self._journal: Journal | None = None
         self._key: tuple[Any, str] | None = None
-        self._asking: anyio.Event | None = None
+        self._asking: _Question | None = None
         self._acquiring: anyio.Lock
         self._listeners: list[MemoryObjectSendStream[DomainEvent]] = []
         self._bare: dict[DomainUUID, DomainInfo] = {}
@@ -143,6 +157,7 @@ class Connection:
 
     async def _open(self) -> None:
         stack = self._stack = AsyncExitStack()
+        began_at = anyio.current_time()
         # Made here, since it belongs to the loop that runs now, and not to the one that called the constructor.
         self._acquiring = anyio.Lock()
         hooks = await anyio.to_thread.run_sync(open_driver, self.uri)
@@ -161,10 +176,10 @@ class Connection:
         if not self._reply.looks_on:
             await self._open_host(hooks)
             return
-        asked = _asked_hosts.get((anyio.lowlevel.current_token(), self.address))
-        if asked is not None and asked is not self._asking:
-            # It is this program that asks the host something, and is done at once.
-            await asked.wait()
+        asked = _questions.get((anyio.lowlevel.current_token(), self.address))
+        if asked is not None and asked is not self._asking and asked.answered_at >= began_at:
+            # It was this program that asked the host something, and is done at once.
+            await asked.answered.wait()
             await self.acquire()
 
     async def _open_host(self, hooks: Hooks) -> None:
@@ -777,18 +792,27 @@ async def _ask_peer(address: str, ask: Callable[[Endpoint], Awaitable[None]]) ->
 @asynccontextmanager
 async def _peer_connection(address: str) -> AsyncIterator[Connection]:
     key = (anyio.lowlevel.current_token(), address)
-    while (other := _asked_hosts.get(key)) is not None:
-        await other.wait()
+    while (other := _questions.get(key)) is not None and not other.answered.is_set():
+        await other.answered.wait()
     known = _open_hosts.get(key)
     if known is not None:
         yield known
         return
-    asked = _asked_hosts[key] = anyio.Event()
+    _forget_questions(key[0])
+    asked = _questions[key] = _Question(anyio.Event())
     try:
         opened = connect(address)
         opened._asking = asked
         async with opened:
             yield opened
     finally:
-        del _asked_hosts[key]
-        asked.set()
+        asked.answered_at = anyio.current_time()
+        asked.answered.set()
+
+
+def _forget_questions(loop: Any) -> None:
+    """Forget what was answered long ago, or in an event loop that may have ended."""
+    past = anyio.current_time() - _QUESTION_KEPT_S
+    for key, question in list(_questions.items()):
+        if question.answered.is_set() and (key[0] is not loop or question.answered_at < past):
+            del _questions[key]

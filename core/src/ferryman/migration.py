@@ -552,7 +552,7 @@ class MigrationJob:
         if claimed and confirmed.guest_gone:
             raise GuestLostError(
                 "the guest went on at the destination before all of its memory was there, and one of its halves"
-                " is gone now: it is lost; destroy the domain there",
+                " is gone now: it is lost, as the plan warned (postcopy-risk); destroy the domain there",
                 phase=Phase.CONFIRM,
                 side=Side.SOURCE,
                 domain=plan.info.name,
@@ -562,7 +562,10 @@ class MigrationJob:
             return confirmed
         if confirmed.guest_gone:
             raise GuestLostError(
-                "the destination refused the guest, and its process at the source is gone",
+                "the switch to post-copy broke before the destination had the guest's devices, and what is left"
+                " at the source cannot run again: the guest is lost, as the plan warned (postcopy-risk)"
+                if switched
+                else "the destination refused the guest, and its process at the source is gone",
                 phase=Phase.FINISH,
                 side=Side.DESTINATION,
                 domain=plan.info.name,

@@ -66,6 +66,8 @@ class Guest:
         self.process = process
         self.control = Monitor(stream, name=record.name, heard=self._heard, greeting_timeout_s=greeting_s)
         self.running = False
+        self.may_have_run = True
+        """False while it is certain that this process has not run its guest: nobody but us could tell it to."""
         self.stopped_at: float | None = None
         self.lock = anyio.Lock()
         self._watching = anyio.CancelScope()
@@ -128,6 +130,7 @@ class Guest:
                 ended=ended,
                 happened=happened,
             )
+            guest.may_have_run = False
             await tasks.start(guest.control.run)
             if guest.control.closed:
                 with anyio.move_on_after(_QUIT_S):

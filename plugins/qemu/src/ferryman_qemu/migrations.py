@@ -259,7 +259,8 @@ class MigrationHooks(QemuHost):
             return MendReply()
         uri = MigrationURI.parse(guest.record.listen)
         if uri.protocol == "unix":
-            _require_free(uri.path)
+            # The path is this guest's already.  Asking whether somebody listens there would be to connect, and QEMU,
+            # where it listens since an earlier attempt, would take that for the source.
             listen = f"unix:{uri.path}"
         else:
             # QEMU cannot be asked which port it got: its main loop may wait for the very pages that are missing.
@@ -517,7 +518,14 @@ class MigrationHooks(QemuHost):
         if guest is None:
             raise FinishError("the receiver's process is gone", side=Side.DESTINATION)
         async with guest.lock:
-            await self._run(guest, request)
+            try:
+                await self._run(guest, request)
+            except HypervisorError as error:
+                if guest.may_have_run:
+                    raise
+                raise FinishError(
+                    f"the guest did not arrive whole: {error.message}", side=Side.DESTINATION
+                ) from error
 
     async def _run(self, guest: Guest, request: FinishRequest) -> None:
         """Run the arrived guest; INVARIANT: never ``cont`` before the run state has left ``inmigrate``."""
@@ -526,6 +534,7 @@ class MigrationHooks(QemuHost):
             if state == "running":
                 return
             if state == "inmigrate":
+                guest.may_have_run = bool(guest.record.attached)
                 with anyio.move_on_after(_LOAD_PATIENCE_S):
                     await first_of(guest.loaded, guest.listening, guest.gone)
                     if guest.listening.is_set():
@@ -553,6 +562,7 @@ class MigrationHooks(QemuHost):
             await end_export(guest)
         if request.paused:
             return
+        guest.may_have_run = True
         try:
             await guest.control.execute("cont")
         except QMPCommandError as error:

@@ -223,12 +223,14 @@ class Transfer:
                 await self._begin()
                 # Our copy of the connection, if it stayed open, would keep the destination from noticing the end.
                 with self._stream or nullcontext():
-                    sampling = anyio.CancelScope()
-                    self._tasks.start_soon(self._sample, sampling)
+                    scope = anyio.CancelScope()
+                    self._tasks.start_soon(self._sample, scope)
+                    if self._stream is not None:
+                        self._tasks.start_soon(self._watch, self._stream)
                     try:
                         return await self._follow(events)
                     finally:
-                        sampling.cancel()
+                        scope.cancel()
         except MonitorClosedError as error:
             raise InDoubtError(
                 f"QEMU of domain {self._guest.record.name} ended during the transfer",
@@ -447,10 +449,9 @@ class Transfer:
         )
 
     async def _sample(self, scope: anyio.CancelScope) -> None:
-        """Show counters when a pass over the memory ends, and now and then between; end a stream that stands still."""
+        """Show counters when a pass over the memory ends, and now and then between."""
         with scope:
-            last: object = None
-            moved_at = anyio.current_time()
+            progress = _Progress()
             while True:
                 # A transfer that is over before this is not asked while it is in a hurry.
                 await anyio.sleep(_SAMPLE_APART_S)
@@ -461,27 +462,50 @@ class Transfer:
                     info = await self._guest.command("query-migrate")
                 except HypervisorError as error:
                     _log.info("the transfer's counters could not be read: %s", error)
-                    info = {}
                     if self._guest.control.closed:
                         return
-                if info:
-                    self._request.progress(statistics_of(info))
-                now = last
-                if self._stream is not None:
-                    now = taken(self._stream)
-                elif info:
-                    # QEMU's own connections have no limit to a peer's silence, so a cut network would go unnoticed.
-                    now = (info.get("status"), (info.get("ram") or {}).get("transferred"))
-                if now is None or now != last:
-                    last, moved_at = now, anyio.current_time()
-                if anyio.current_time() - moved_at > SILENCE_S and not self._switching:
-                    _log.warning(
-                        "nothing of domain %s was taken at the other end for %d s",
-                        self._guest.record.name,
-                        SILENCE_S,
-                    )
-                    await self._break()
+                    continue
+                if not info:
+                    continue
+                self._request.progress(statistics_of(info))
+                # QEMU's own connections have no limit to a peer's silence, so a cut network would go unnoticed.
+                sent = (info.get("status"), (info.get("ram") or {}).get("transferred"))
+                if self._stream is None and progress.stands(sent):
+                    await self._end_silence()
                     return
+
+    async def _watch(self, stream: socket.socket) -> None:
+        """End a connection whose other end takes nothing any more, until our copy of it is closed.
+
+        QEMU is not asked: it may wait for that very end.
+        """
+        progress = _Progress()
+        while stream.fileno() >= 0:
+            if progress.stands(taken(stream)):
+                await self._end_silence()
+                return
+            await anyio.sleep(_SAMPLE_S)
+
+    async def _end_silence(self) -> None:
+        name = self._guest.record.name
+        _log.warning("nothing of domain %s was taken at the other end for %g s", name, SILENCE_S)
+        # One whose process is gone has no connections, and that is found out elsewhere.
+        with suppress(MonitorClosedError):
+            await self._break()
+
+
+class _Progress:
+    """Tells when something has stood still for :data:`SILENCE_S`."""
+
+    def __init__(self) -> None:
+        self._last: object = None
+        self._moved_at = anyio.current_time()
+
+    def stands(self, now: object) -> bool:
+        """Whether it has; None is nothing that could move."""
+        if now is None or now != self._last:
+            self._last, self._moved_at = now, anyio.current_time()
+        return anyio.current_time() - self._moved_at > SILENCE_S
 
 
 async def break_stream(guest: Guest) -> None:
