@@ -13,7 +13,7 @@ import pytest
 import ferryman
 import ferryman_qemu.streams
 from ferryman import GuestState, MigrationOptions
-from ferryman.errors import PerformError
+from ferryman.errors import MigrationError, PerformError, PrepareError
 from ferryman_qemu.migrations import MigrationHooks
 from tests.options.credentials import put_credentials
 from tests.qemu import NAME, Field, RawRelay, relayed
@@ -67,6 +67,28 @@ async def test_what_is_wrong_ends_before_a_page_moves(
             await anyio.to_thread.run_sync(field.wait_ticks, 20)
             assert field.emulators(field.roots[1]) == []
             assert [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
+            await domain.destroy()
+    field.assert_unbroken(crossings=0)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "error"), [(("good", "expired"), PrepareError), (("expired", "good"), PerformError)]
+)
+async def test_an_expired_certificate_ends_before_anybody_connects(
+    field: Field, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, str], error: type[MigrationError]
+) -> None:
+    put(field.roots, *kinds)
+    with relayed(monkeypatch, RawRelay) as relays:
+        async with ferryman.connect(field.uris[0]) as a, ferryman.connect(field.uris[1]) as b:
+            domain = await a.create(field.definition)
+            await anyio.to_thread.run_sync(field.wait_ticks, 50)
+            with pytest.raises(error, match="expired") as caught:
+                await domain.migrate(b, MigrationOptions(tls=True))
+            assert caught.value.guest_state is GuestState.SOURCE
+            assert relays == []
+            assert a.open_migrations() == b.open_migrations() == []
+            await anyio.to_thread.run_sync(field.wait_ticks, 20)
+            assert field.emulators(field.roots[1]) == []
             await domain.destroy()
     field.assert_unbroken(crossings=0)
 
