@@ -75,8 +75,8 @@ def check_options(request: CheckRequest) -> list[Finding]:
                 code="postcopy-risk",
                 severity=FindingSeverity.WARNING,
                 side=None,
-                message="once the guest has switched to post-copy it is lost if either host is lost, or the network"
-                " between them for good",
+                message="once the guest has begun to switch to post-copy it is lost if the connection breaks before its"
+                " devices have arrived, and then if either host is lost, or the network between them for good",
                 remedy="leave postcopy out if the guest must survive that",
             )
         )
