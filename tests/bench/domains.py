@@ -82,7 +82,13 @@ def _peers(count: int, report: Report) -> Iterator[dict[str, tuple[Peer, list[Gu
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fb-")))
         _GUEST.write_image(directory / "image")
         peers: dict[str, tuple[Peer, list[GuestSpec]]] = {}
-        for peer in (RawPeer(), FerrymanPeer(), LibvirtPeer()):
+        # Stock libvirt does not start so many at once within minutes.
+        peers_made: dict[str, Peer] = {
+            "raw": RawPeer(),
+            "ferryman": FerrymanPeer(),
+            "libvirt": LibvirtPeer(width=4, timeout_s=600.0),
+        }
+        for name, peer in peers_made.items():
             witnesses = [stack.enter_context(Witness(directory)) for _ in range(count)]
             specs = [
                 counter_guest(
@@ -98,11 +104,11 @@ def _peers(count: int, report: Report) -> Iterator[dict[str, tuple[Peer, list[Gu
             try:
                 peer.start(specs)
             except PeerUnavailable as unavailable:
-                report.unavailable[peer.name] = unavailable.reason
+                report.unavailable[name] = unavailable.reason
                 continue
             for witness in witnesses:
                 witness.wait_tick(2, timeout_s=60)
-            peers[peer.name] = (peer, specs)
+            peers[name] = (peer, specs)
         yield peers
 
 

@@ -13,7 +13,7 @@ from tests.demo.__main__ import main as demo
 from tests.qemu import need_qemu
 
 QUICK = ["--legs", "1", "--memory-mib", "32", "--dirty-mib-per-s", "4", "--settle-ticks", "50", "--plain"]
-FEW = ["--peers", "ferryman", "--rounds", "2", "--big-rounds", "0", "--parallel", ""]
+FEW = ["--peers", "ferryman", "--rounds", "2", "--big-rounds", "0", "--full-rounds", "0", "--parallel", ""]
 
 
 @pytest.fixture(autouse=True)
