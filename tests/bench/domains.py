@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,20 +75,25 @@ def _ratio(samples: dict[str, list[float]], other: str) -> str:
     return f"{statistics.median(samples['ferryman']) / statistics.median(samples[other]):.2f}"
 
 
+_MAKERS: dict[str, Callable[[], Peer]] = {
+    "raw": RawPeer,
+    "ferryman": FerrymanPeer,
+    # Stock libvirt does not start many at once within minutes.
+    "libvirt": lambda: LibvirtPeer(width=4, timeout_s=600.0),
+}
+
+
 @contextmanager
-def _peers(count: int, report: Report) -> Iterator[dict[str, tuple[Peer, list[GuestSpec]]]]:
-    """Start every peer with so many guests of its own."""
+def _peers(
+    names: Iterable[str], count: int, report: Report
+) -> Iterator[dict[str, tuple[Peer, list[GuestSpec]]]]:
+    """Start some peers, each with so many guests of its own."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fb-")))
         _GUEST.write_image(directory / "image")
         peers: dict[str, tuple[Peer, list[GuestSpec]]] = {}
-        # Stock libvirt does not start so many at once within minutes.
-        peers_made: dict[str, Peer] = {
-            "raw": RawPeer(),
-            "ferryman": FerrymanPeer(),
-            "libvirt": LibvirtPeer(width=4, timeout_s=600.0),
-        }
-        for name, peer in peers_made.items():
+        for name in names:
+            peer = _MAKERS[name]()
             witnesses = [stack.enter_context(Witness(directory)) for _ in range(count)]
             specs = [
                 counter_guest(
@@ -112,8 +117,8 @@ def _peers(count: int, report: Report) -> Iterator[dict[str, tuple[Peer, list[Gu
         yield peers
 
 
-def _measure_starts(report: Report, rounds: int) -> None:
-    with _peers(1, report) as peers:
+def _measure_starts(report: Report, peer_names: Sequence[str], rounds: int) -> None:
+    with _peers(peer_names, 1, report) as peers:
         names = list(peers)
         for number in range(rounds):
             turn = number % len(names)
@@ -130,14 +135,15 @@ def _measure_starts(report: Report, rounds: int) -> None:
         print(f"    {part:26}{statistics.median(samples):10.2f}")
 
 
-def _measure_counters(report: Report, guests: int, rounds: int) -> None:
+def _measure_counters(report: Report, peer_names: Sequence[str], guests: int, rounds: int) -> None:
     report.guests = guests
-    with _peers(guests, report) as peers:
-        for _ in range(2):
-            for name, (peer, _specs) in peers.items():
-                # The first look of each call is not counted: virsh connects, and we read every definition once.
+    for name in peer_names:
+        # One peer after the other: so many guests of all three would be busy with their own timers.
+        with _peers([name], guests, report) as peers:
+            for peer, _ in peers.values():
+                # The first look is not counted: virsh connects, and we read every definition once.
                 looks = peer.count_all(rounds + 1)[1:]
-                report.count_ms.setdefault(name, []).extend(look * 1000 for look in looks)
+                report.count_ms[name] = [look * 1000 for look in looks]
     _print_table(f"counters of {guests} guests of QEMU", report.count_ms)
 
 
@@ -203,12 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="of each figure (default %(default)s)")
     parser.add_argument("--guests", type=int, default=50, help="of each peer (default %(default)s)")
     parser.add_argument("--simulated", type=int, default=1000, help="simulated domains (default %(default)s)")
+    parser.add_argument("--peers", default=",".join(_MAKERS), help="default %(default)s")
     arguments = parser.parse_args(argv)
+    peer_names = arguments.peers.split(",")
     report = Report(
         machine={"python": platform.python_version(), "cpus": os.cpu_count(), "kernel": platform.release()}
     )
-    _measure_starts(report, arguments.rounds)
-    _measure_counters(report, arguments.guests, arguments.rounds)
+    _measure_starts(report, peer_names, arguments.rounds)
+    _measure_counters(report, peer_names, arguments.guests, arguments.rounds)
     _measure_simulated(report, arguments.simulated, arguments.rounds)
     for name, reason in report.unavailable.items():
         print(f"{name} was not measured: {reason}")
