@@ -452,6 +452,7 @@ class Transfer:
         """Show counters when a pass over the memory ends, and now and then between."""
         with scope:
             progress = _Progress()
+            sent: object = ()
             while True:
                 # A transfer that is over before this is not asked while it is in a hurry.
                 await anyio.sleep(_SAMPLE_APART_S)
@@ -462,14 +463,13 @@ class Transfer:
                     info = await self._guest.command("query-migrate")
                 except HypervisorError as error:
                     _log.info("the transfer's counters could not be read: %s", error)
+                    info = {}
                     if self._guest.control.closed:
                         return
-                    continue
-                if not info:
-                    continue
-                self._request.progress(statistics_of(info))
+                if info:
+                    self._request.progress(statistics_of(info))
+                    sent = (info.get("status"), (info.get("ram") or {}).get("transferred"))
                 # QEMU's own connections have no limit to a peer's silence, so a cut network would go unnoticed.
-                sent = (info.get("status"), (info.get("ram") or {}).get("transferred"))
                 if self._stream is None and progress.stands(sent):
                     await self._end_silence()
                     return
