@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -377,15 +378,19 @@ async def test_abort_of_a_paused_guest_whose_stream_nobody_reads(
         await retry_and_end(field, domain, b)
 
 
+@pytest.mark.parametrize("options", [SLOW, replace(SLOW, streams=2)], ids=["one-stream", "streams"])
 async def test_a_silent_receiver_ends_the_stream_by_itself(
-    field: Field, monkeypatch: pytest.MonkeyPatch
+    field: Field, monkeypatch: pytest.MonkeyPatch, options: MigrationOptions
 ) -> None:
     """A receiver that hangs, and a caller that does not abort: the limit of silence ends it."""
     monkeypatch.setattr(ferryman_qemu.streams, "SILENCE_S", 6)
+    if options.streams:
+        # QEMU connects by itself, and the system knows of no limit there.
+        monkeypatch.setattr(ferryman_qemu.transfer, "SILENCE_S", 6)
     async with both(field) as (a, b):
         domain = await start(field, a)
         with pytest.raises(PerformError) as caught:
-            async with domain.migrate(b, SLOW) as job:
+            async with domain.migrate(b, options) as job:
                 await until_sending(job)
                 os.kill(pids(field.roots[1])[0], signal.SIGSTOP)
                 with anyio.fail_after(30):
