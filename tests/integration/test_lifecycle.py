@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -645,7 +646,8 @@ def test_a_console(field: Field, kind: str) -> None:
                 heard = b""
                 while heard.count(b"\n") < 20:
                     heard += console.receive()
-                numbers = [int(word) for word in heard.split(b"\n")[1:-1] if word.strip().isdigit()]
+                words = [word.strip() for word in heard.split(b"\n")[1:-1]]
+                numbers = [int(word, 16) for word in words if re.fullmatch(rb"[0-9A-F]{8}", word)]
                 assert len(numbers) > 10
                 assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
                 console.send(b"nobody listens")
