@@ -24,10 +24,10 @@ _MOST = 4
 def values(kind: xdr.Type[Any]) -> st.SearchStrategy[Any]:
     """Values of a type, as its declaration says."""
     match kind:
-        case xdr.Integer():
-            return st.integers(*kind.range)
-        case xdr.Double():
+        case xdr.Number(code="d"):
             return st.floats(allow_nan=False)
+        case xdr.Number():
+            return st.integers(*kind.range)
         case xdr.String():
             return _TEXTS
         case xdr.Opaque():
@@ -45,7 +45,10 @@ def values(kind: xdr.Type[Any]) -> st.SearchStrategy[Any]:
         case protocol.TypedParameterType():
             return st.sampled_from(sorted(kind.kinds)).flatmap(
                 lambda tag: st.builds(
-                    protocol.TypedParameter, _TEXTS, st.just(kind.kinds[tag][0]), values(kind.kinds[tag][1])
+                    protocol.TypedParameter,
+                    _TEXTS,
+                    st.just(protocol.ParameterKind(tag)),
+                    values(kind.kinds[tag]),
                 )
             )
     raise AssertionError(kind)
@@ -54,16 +57,16 @@ def values(kind: xdr.Type[Any]) -> st.SearchStrategy[Any]:
 def pack(kind: xdr.Type[Any], value: Any, packer: Packer) -> None:
     """Encode a value with another library."""
     match kind:
-        case xdr.Integer(code="q"):
+        case xdr.Number(code="q"):
             packer.pack_hyper(value)
-        case xdr.Integer(code="Q"):
+        case xdr.Number(code="Q"):
             packer.pack_uhyper(value)
-        case xdr.Integer(code="i"):
+        case xdr.Number(code="i"):
             packer.pack_int(value)
-        case xdr.Integer():
-            packer.pack_uint(value)
-        case xdr.Double():
+        case xdr.Number(code="d"):
             packer.pack_double(value)
+        case xdr.Number():
+            packer.pack_uint(value)
         case xdr.String():
             packer.pack_string(value.encode())
         case xdr.Opaque():
@@ -87,7 +90,7 @@ def pack(kind: xdr.Type[Any], value: Any, packer: Packer) -> None:
         case protocol.TypedParameterType():
             packer.pack_string(value.field.encode())
             packer.pack_int(value.kind)
-            pack(kind.kinds[value.kind][1], value.value, packer)
+            pack(kind.kinds[value.kind], value.value, packer)
         case _:
             raise AssertionError(kind)
 

@@ -17,9 +17,9 @@ from ferryman_remote.protocol import (
     PROCEDURES,
     ConnectListAllDomainsReply,
     ConnectOpen,
+    Domain,
     DomainGetInfoReply,
     DomainLookupByName,
-    DomainRef,
     NodeGetInfoReply,
     OfDomain,
     ParameterKind,
@@ -103,7 +103,7 @@ def test_a_message_with_a_broken_byte(message: type[Any], data: st.DataObject) -
 
 def test_known_bytes() -> None:
     """By hand, from RFC 4506 and what libvirt says of its smaller numbers."""
-    web = DomainRef("web", UUID("00112233-4455-6677-8899-aabbccddeeff").bytes, -1)
+    web = Domain("web", UUID("00112233-4455-6677-8899-aabbccddeeff").bytes, -1)
     assert encode(OfDomain(web)).hex(" ", 4) == (
         "00000003 77656200 00112233 44556677 8899aabb ccddeeff ffffffff"
     )
@@ -179,7 +179,9 @@ def test_what_is_no_message_says_where(message: type[Any], data: str, words: str
         (Small("", b"", ("x",)), "ids[0]: 'x' is no i32"),  # type: ignore[arg-type]
         (ConnectOpen("", -1), "flags: -1 is no u32"),
         (DomainGetInfoReply(256, 0, 0, 0, 0), "state: 256 is outside 0 to 255"),
-        (OfDomain(DomainRef("", b"short", 0)), "dom.uuid: b'short' is not 16 bytes"),
+        (OfDomain(Domain("", b"short", 0)), "dom.uuid: b'short' is not 16 bytes"),
+        (OfDomain(Domain("", "x" * 16, 0)), "dom.uuid: 'xxxxxxxxxxxxxxxx' is not bytes"),  # type: ignore[arg-type]
+        (Small("", b"", 7), "ids: 7 is not a list of values"),  # type: ignore[arg-type]
         (OfDomain(("web", bytes(16), 1)), "dom: ('web', "),  # type: ignore[arg-type]
     ],
 )

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from ferryman_remote.xdr import (
+    F64,
     I8,
     I32,
     I64,
@@ -19,7 +20,6 @@ from ferryman_remote.xdr import (
     U64,
     UUID,
     Array,
-    Double,
     FixedArray,
     Opaque,
     Optional,
@@ -33,9 +33,7 @@ from ferryman_remote.xdr import (
 )
 
 REMOTE_PROGRAM = 0x20008086
-QEMU_PROGRAM = 0x20008087
 KEEPALIVE_PROGRAM = 0x6B656570
-PROGRAM_VERSION = 1
 
 MAX_COOKIE_BYTES = 4_194_304
 MAX_DOMAINS = 16_384
@@ -65,14 +63,14 @@ class TypedParameter(NamedTuple):
     value: int | float | str
 
 
-_KINDS: dict[int, tuple[ParameterKind, Type[Any]]] = {
-    ParameterKind.INT: (ParameterKind.INT, type_of(I32)),
-    ParameterKind.UINT: (ParameterKind.UINT, type_of(U32)),
-    ParameterKind.LLONG: (ParameterKind.LLONG, type_of(I64)),
-    ParameterKind.ULLONG: (ParameterKind.ULLONG, type_of(U64)),
-    ParameterKind.DOUBLE: (ParameterKind.DOUBLE, Double()),
-    ParameterKind.BOOLEAN: (ParameterKind.BOOLEAN, type_of(I32)),
-    ParameterKind.STRING: (ParameterKind.STRING, String()),
+_KINDS: dict[int, Type[Any]] = {
+    ParameterKind.INT: type_of(I32),
+    ParameterKind.UINT: type_of(U32),
+    ParameterKind.LLONG: type_of(I64),
+    ParameterKind.ULLONG: type_of(U64),
+    ParameterKind.DOUBLE: type_of(F64),
+    ParameterKind.BOOLEAN: type_of(I32),
+    ParameterKind.STRING: String(),
 }
 
 
@@ -89,24 +87,26 @@ class TypedParameterType(Type[TypedParameter]):
         self._name.encode(value.field, out)
         self._tag.encode(value.kind, out)
         try:
-            _, kind = _KINDS[value.kind]
-            kind.encode(value.value, out)
-        except KeyError as error:
-            raise XDRError(f"{value.kind} is no kind of a parameter", value.field) from error
+            _kind(value.kind).encode(value.value, out)
         except XDRError as error:
-            raise error.within(value.field) from error.__cause__
+            raise error.within(value.field[:40]) from error.__cause__
 
     def decode(self, data: bytes, at: int) -> tuple[TypedParameter, int]:
         name, at = self._name.decode(data, at)
         tag, at = self._tag.decode(data, at)
-        if tag not in _KINDS:
-            raise XDRError(f"{tag} is no kind of a parameter", name[:40])
-        kind, of = _KINDS[tag]
         try:
-            value, at = of.decode(data, at)
+            value, at = _kind(tag).decode(data, at)
         except XDRError as error:
             raise error.within(name[:40]) from error.__cause__
-        return TypedParameter(name, kind, value), at
+        return TypedParameter(name, ParameterKind(tag), value), at
+
+
+def _kind(tag: int) -> Type[Any]:
+    """What a parameter of a kind holds. :raises XDRError: there is no such kind."""
+    kind = _KINDS.get(tag)
+    if kind is None:
+        raise XDRError(f"{tag} is no kind of a parameter")
+    return kind
 
 
 Parameters: TypeAlias = Annotated[tuple[TypedParameter, ...], Array(TypedParameterType(), MAX_PARAMETERS)]
@@ -120,7 +120,7 @@ class Void(NamedTuple):
     """Nothing."""
 
 
-class DomainRef(NamedTuple):
+class Domain(NamedTuple):
     """A domain as it is named on the wire; its id is -1 while it does not run."""
 
     name: Str
@@ -128,12 +128,11 @@ class DomainRef(NamedTuple):
     id: I32
 
 
-Domain: TypeAlias = Annotated[DomainRef, structure_of(DomainRef)]
-OptionalDomain: TypeAlias = Annotated[DomainRef | None, Optional(structure_of(DomainRef))]
-Domains: TypeAlias = Annotated[tuple[DomainRef, ...], Array(structure_of(DomainRef), MAX_DOMAINS)]
+OptionalDomain: TypeAlias = Annotated[Domain | None, Optional(structure_of(Domain))]
+Domains: TypeAlias = Annotated[tuple[Domain, ...], Array(structure_of(Domain), MAX_DOMAINS)]
 
 
-class NetworkRef(NamedTuple):
+class Network(NamedTuple):
     """A network as it is named on the wire."""
 
     name: Str
@@ -153,7 +152,7 @@ class RemoteError(NamedTuple):
     str3: OptionalStr
     int1: I32
     int2: I32
-    net: Annotated[NetworkRef | None, Optional(structure_of(NetworkRef))]
+    net: Annotated[Network | None, Optional(structure_of(Network))]
 
 
 class VcpuInfo(NamedTuple):

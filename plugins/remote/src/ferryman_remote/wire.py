@@ -7,8 +7,8 @@ message holds at most 32 MiB behind it.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 MAX_MESSAGE_BYTES = 33_554_432
 """Of a message without its length."""
@@ -50,8 +50,7 @@ _TYPES = tuple(PacketType)
 _STATUSES = tuple(Status)
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
+class Packet(NamedTuple):
     """One message.
 
     :param procedure: a signed number, as on the wire.
@@ -125,7 +124,7 @@ class PacketReader:
                     )
                 if len(received) - at < length:
                     break
-                packets.append(_unpack(bytes(received[at : at + length])))
+                packets.append(_unpack(received, at, at + length))
                 at += length
         except WireError as error:
             self._broken = error
@@ -135,18 +134,20 @@ class PacketReader:
         return packets
 
 
-def _unpack(message: bytes) -> Packet:
-    _, program, version, procedure, kind, serial, status = _HEADER.unpack_from(message)
+def _unpack(received: bytearray, at: int, end: int) -> Packet:
+    """The packet between two places. :raises WireError: it is none."""
+    _, program, version, procedure, kind, serial, status = _HEADER.unpack_from(received, at)
     if kind >= len(_TYPES) or status >= len(_STATUSES):
         raise WireError(f"type {kind} and status {status} are no message's")
-    at, descriptors = _HEADER.size, 0
+    at += _HEADER.size
+    descriptors = 0
     if kind in (PacketType.CALL_WITH_DESCRIPTORS, PacketType.REPLY_WITH_DESCRIPTORS):
-        if len(message) < at + _COUNT.size:
+        if end - at < _COUNT.size:
             raise WireError("a message with descriptors does not say how many")
-        (descriptors,) = _COUNT.unpack_from(message, at)
+        (descriptors,) = _COUNT.unpack_from(received, at)
         if descriptors > MAX_DESCRIPTORS:
             raise WireError(f"{descriptors} descriptors are more than {MAX_DESCRIPTORS}")
         at += _COUNT.size
-    return Packet(
-        program, version, procedure, _TYPES[kind], serial, _STATUSES[status], message[at:], descriptors
-    )
+    with memoryview(received) as view:
+        payload = bytes(view[at:end])
+    return Packet(program, version, procedure, _TYPES[kind], serial, _STATUSES[status], payload, descriptors)

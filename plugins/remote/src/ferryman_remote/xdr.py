@@ -69,10 +69,10 @@ def _short(needed: int, data: bytes, at: int) -> XDRError:
     return XDRError(f"{needed} bytes are needed, and {max(0, len(data) - at)} are left")
 
 
-class Integer(Type[int]):
+class Number(Type[Any]):
     """A number of four or eight bytes.
 
-    :param code: of :mod:`struct`, four or eight bytes wide.
+    :param code: of :mod:`struct`, four or eight bytes wide; ``d`` is a floating-point number, all others are whole.
     :param bounds: what it may be, where that is less than the bytes hold: smaller numbers travel in four bytes too.
     """
 
@@ -85,24 +85,24 @@ class Integer(Type[int]):
 
     @property
     def range(self) -> tuple[int, int]:
-        """The smallest and the greatest value."""
+        """The smallest and the greatest value of a whole number."""
         if self.bounds is not None:
             return self.bounds
         bits = 8 * self.minimum_bytes
         return (0, 2**bits - 1) if self.code.isupper() else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
-    def _check(self, value: int) -> None:
+    def _check(self, value: float) -> None:
         if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
             raise XDRError(f"{value} is outside {self.bounds[0]} to {self.bounds[1]}")
 
-    def encode(self, value: int, out: bytearray) -> None:
+    def encode(self, value: float, out: bytearray) -> None:
         try:
             self._check(value)
             out += self._struct.pack(value)
         except (struct.error, TypeError) as error:
             raise XDRError(f"{value!r:.40} is no {self.notation}") from error
 
-    def decode(self, data: bytes, at: int) -> tuple[int, int]:
+    def decode(self, data: bytes, at: int) -> tuple[Any, int]:
         try:
             (value,) = self._struct.unpack_from(data, at)
         except struct.error as error:
@@ -111,30 +111,24 @@ class Integer(Type[int]):
         return value, at + self.minimum_bytes
 
 
-class Double(Type[float]):
-    """A floating-point number of eight bytes."""
-
-    notation = "f64"
-    code = "d"
-    minimum_bytes = 8
-    _struct = struct.Struct(">d")
-
-    def encode(self, value: float, out: bytearray) -> None:
-        try:
-            out += self._struct.pack(value)
-        except (struct.error, TypeError) as error:
-            raise XDRError(f"{value!r:.40} is no {self.notation}") from error
-
-    def decode(self, data: bytes, at: int) -> tuple[float, int]:
-        try:
-            (value,) = self._struct.unpack_from(data, at)
-        except struct.error as error:
-            raise _short(8, data, at) from error
-        return value, at + 8
-
-
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
-_LENGTH = struct.Struct(">I")
+_COUNT = struct.Struct(">I")
+
+
+def _read_count(data: bytes, at: int) -> int:
+    """The four bytes that say how much follows, or whether anything does."""
+    try:
+        (count,) = _COUNT.unpack_from(data, at)
+    except struct.error as error:
+        raise _short(4, data, at) from error
+    return int(count)
+
+
+def _length(value: object, kind: type | tuple[type, ...], what: str) -> int:
+    """How long a value is. :raises XDRError: it is of none of these classes."""
+    if not isinstance(value, kind):
+        raise XDRError(f"{value!r:.40} is not {what}")
+    return len(value)  # type: ignore[arg-type]  # what is asked for has a length
 
 
 class Opaque(Type[bytes]):
@@ -147,19 +141,15 @@ class Opaque(Type[bytes]):
         self.notation = f"bytes<{limit}>"
 
     def encode(self, value: bytes, out: bytearray) -> None:
-        if not isinstance(value, bytes):
-            raise XDRError(f"{value!r:.40} is not bytes")
-        if len(value) > self.limit:
-            raise XDRError(f"{len(value)} bytes are more than {self.limit}")
-        out += _LENGTH.pack(len(value))
+        length = _length(value, bytes, "bytes")
+        if length > self.limit:
+            raise XDRError(f"{length} bytes are more than {self.limit}")
+        out += _COUNT.pack(length)
         out += value
-        out += _PADDING[len(value) & 3]
+        out += _PADDING[length & 3]
 
     def decode(self, data: bytes, at: int) -> tuple[bytes, int]:
-        try:
-            (length,) = _LENGTH.unpack_from(data, at)
-        except struct.error as error:
-            raise _short(4, data, at) from error
+        length = _read_count(data, at)
         if length > self.limit:
             raise XDRError(f"{length} bytes are more than {self.limit}")
         at += 4
@@ -178,7 +168,7 @@ class FixedOpaque(Type[bytes]):
         self.minimum_bytes = length
 
     def encode(self, value: bytes, out: bytearray) -> None:
-        if len(value) != self.minimum_bytes:
+        if _length(value, bytes, "bytes") != self.minimum_bytes:
             raise XDRError(f"{value!r:.40} is not {self.minimum_bytes} bytes")
         out += value
 
@@ -229,15 +219,12 @@ class Optional(Type[V | None]):
         self.notation = f"{of.notation}?"
 
     def encode(self, value: V | None, out: bytearray) -> None:
-        out += _LENGTH.pack(value is not None)
+        out += _COUNT.pack(value is not None)
         if value is not None:
             self.of.encode(value, out)
 
     def decode(self, data: bytes, at: int) -> tuple[V | None, int]:
-        try:
-            (present,) = _LENGTH.unpack_from(data, at)
-        except struct.error as error:
-            raise _short(4, data, at) from error
+        present = _read_count(data, at)
         if present > 1:
             raise XDRError(f"{present} says neither that a value is there nor that it is absent")
         return self.of.decode(data, at + 4) if present else (None, at + 4)
@@ -254,16 +241,14 @@ class Array(Type[tuple[V, ...]]):
         self.notation = f"[{of.notation}]<{limit}>"
 
     def encode(self, value: Sequence[V], out: bytearray) -> None:
-        if len(value) > self.limit:
-            raise XDRError(f"{len(value)} values are more than {self.limit}")
-        out += _LENGTH.pack(len(value))
+        count = _length(value, (tuple, list), "a list of values")
+        if count > self.limit:
+            raise XDRError(f"{count} values are more than {self.limit}")
+        out += _COUNT.pack(count)
         _encode_all(self.of, value, out)
 
     def decode(self, data: bytes, at: int) -> tuple[tuple[V, ...], int]:
-        try:
-            (count,) = _LENGTH.unpack_from(data, at)
-        except struct.error as error:
-            raise _short(4, data, at) from error
+        count = _read_count(data, at)
         if count > self.limit:
             raise XDRError(f"{count} values are more than {self.limit}")
         return _decode_all(self.of, count, data, at + 4)
@@ -279,8 +264,9 @@ class FixedArray(Type[tuple[V, ...]]):
         self.minimum_bytes = of.minimum_bytes * count
 
     def encode(self, value: Sequence[V], out: bytearray) -> None:
-        if len(value) != self.count:
-            raise XDRError(f"{len(value)} values are not {self.count}")
+        count = _length(value, (tuple, list), "a list of values")
+        if count != self.count:
+            raise XDRError(f"{count} values are not {self.count}")
         _encode_all(self.of, value, out)
 
     def decode(self, data: bytes, at: int) -> tuple[tuple[V, ...], int]:
@@ -360,7 +346,7 @@ def _steps(of: Sequence[tuple[str, Type[Any]]]) -> tuple[struct.Struct | Type[An
     steps: list[struct.Struct | Type[Any]] = []
     run = ""
     for _, kind in of:
-        if isinstance(kind, Double) or (isinstance(kind, Integer) and kind.bounds is None):
+        if isinstance(kind, Number) and kind.bounds is None:
             run += kind.code
             continue
         if run:
@@ -372,14 +358,14 @@ def _steps(of: Sequence[tuple[str, Type[Any]]]) -> tuple[struct.Struct | Type[An
     return tuple(steps)
 
 
-I32: TypeAlias = Annotated[int, Integer("i32", "i")]
-U32: TypeAlias = Annotated[int, Integer("u32", "I")]
-I64: TypeAlias = Annotated[int, Integer("i64", "q")]
-U64: TypeAlias = Annotated[int, Integer("u64", "Q")]
-I8: TypeAlias = Annotated[int, Integer("i8", "i", (-128, 127))]
-U8: TypeAlias = Annotated[int, Integer("u8", "I", (0, 255))]
-U16: TypeAlias = Annotated[int, Integer("u16", "I", (0, 65535))]
-F64: TypeAlias = Annotated[float, Double()]
+I32: TypeAlias = Annotated[int, Number("i32", "i")]
+U32: TypeAlias = Annotated[int, Number("u32", "I")]
+I64: TypeAlias = Annotated[int, Number("i64", "q")]
+U64: TypeAlias = Annotated[int, Number("u64", "Q")]
+I8: TypeAlias = Annotated[int, Number("i8", "i", (-128, 127))]
+U8: TypeAlias = Annotated[int, Number("u8", "I", (0, 255))]
+U16: TypeAlias = Annotated[int, Number("u16", "I", (0, 65535))]
+F64: TypeAlias = Annotated[float, Number("f64", "d")]
 Str: TypeAlias = Annotated[str, String()]
 OptionalStr: TypeAlias = Annotated[str | None, Optional(String())]
 UUID: TypeAlias = Annotated[bytes, FixedOpaque("uuid", 16)]
