@@ -12,8 +12,8 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Proxy:
         self._listener.bind(str(path))
         self._listener.listen()
         self.lines: list[str] = []
-        self._lock = threading.Lock()
+        self._heard = threading.Condition()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -108,10 +108,16 @@ class Proxy:
                 for packet in reader.feed(data):
                     message = packet.pack()
                     if len(message) <= _MOST_BYTES:
-                        with self._lock:
+                        with self._heard:
                             self.lines.append(f"{sign} {message.hex()}")
+                            self._heard.notify_all()
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
+
+    def wait_for(self, count: int, wanted: Callable[[str], bool], *, since: int) -> None:
+        """Wait until so many of the lines after a number of them are what is wanted."""
+        with self._heard:
+            assert self._heard.wait_for(lambda: sum(map(wanted, self.lines[since:])) >= count, timeout=60)
 
     def close(self) -> None:
         self._listener.close()
@@ -150,8 +156,7 @@ def main() -> None:
                 heard = len(proxy.lines)
                 with virsh(uri, command) as process:
                     if command == _EVENTS:
-                        while sum(map(_is_registration, proxy.lines[heard:])) < _EVENT_KINDS:
-                            time.sleep(0.05)
+                        proxy.wait_for(_EVENT_KINDS, _is_registration, since=heard)
                         for change in ("resume d", "suspend d"):
                             virsh(uri, change).wait(60)
                     process.wait(60)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,7 @@ from tests.bench.peer import (
     PeerError,
     PeerUnavailable,
     Sample,
-    counter_guest,
+    counter_guests,
     lot_wall_s,
     outage_of,
 )
@@ -137,16 +136,7 @@ def _field(guest: CounterGuest, count: int, names: Sequence[str], report: Report
             images = [directory / f"{name}-{number}" for number in range(count)]
             for image in images:
                 guest.write_image(image)
-            specs = [
-                counter_guest(
-                    guest,
-                    name=f"g{number}",
-                    uuid=str(uuid.uuid4()),
-                    image_path=image,
-                    serial_socket_path=witness.socket_path,
-                )
-                for number, (witness, image) in enumerate(zip(witnesses, images, strict=True))
-            ]
+            specs = counter_guests(guest, images, witnesses)
             peer = _MAKERS[name]()
             stack.callback(peer.stop)
             try:

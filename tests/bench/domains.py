@@ -31,7 +31,7 @@ import anyio
 
 import ferryman
 from ferryman.testing import forget_world
-from tests.bench.peer import GuestSpec, Peer, PeerUnavailable, counter_guest
+from tests.bench.peer import GuestSpec, Peer, PeerUnavailable, counter_guests
 from tests.bench.peer_ferryman import FerrymanPeer
 from tests.bench.peer_libvirt import LibvirtPeer
 from tests.bench.peer_raw import RawPeer
@@ -90,21 +90,13 @@ def _peers(
     """Start some peers, each with so many guests of its own."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fb-")))
-        _GUEST.write_image(directory / "image")
+        image = directory / "image"
+        _GUEST.write_image(image)
         peers: dict[str, tuple[Peer, list[GuestSpec]]] = {}
         for name in names:
             peer = _MAKERS[name]()
             witnesses = [stack.enter_context(Witness(directory)) for _ in range(count)]
-            specs = [
-                counter_guest(
-                    _GUEST,
-                    name=f"g{number}",
-                    uuid=str(uuid.uuid4()),
-                    image_path=directory / "image",
-                    serial_socket_path=witness.socket_path,
-                )
-                for number, witness in enumerate(witnesses)
-            ]
+            specs = counter_guests(_GUEST, [image] * count, witnesses)
             stack.callback(peer.stop)
             try:
                 peer.start(specs)

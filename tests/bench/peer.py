@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tests.guests.counter import CounterGuest
-from tests.guests.witness import Tick
+from tests.guests.witness import Tick, Witness
 
 
 class PeerError(Exception):
@@ -194,6 +195,22 @@ def counter_guest(
         qemu_argv=tuple(guest.qemu_argv(name, uuid, image_path, serial_socket_path)),
         domain_xml=guest.domain_xml(name, uuid, image_path, serial_socket_path),
     )
+
+
+def counter_guests(
+    guest: CounterGuest, images: Sequence[str | os.PathLike[str]], witnesses: Sequence[Witness]
+) -> list[GuestSpec]:
+    """Describe counter guests of one kind, ``g0`` and so on: one for each image, heard by the witness beside it."""
+    return [
+        counter_guest(
+            guest,
+            name=f"g{number}",
+            uuid=str(uuid.uuid4()),
+            image_path=image,
+            serial_socket_path=witness.socket_path,
+        )
+        for number, (image, witness) in enumerate(zip(images, witnesses, strict=True))
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

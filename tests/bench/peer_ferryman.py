@@ -267,23 +267,25 @@ def _parts() -> Iterator[dict[str, float]]:
 
     parts_ms: dict[str, float] = {}
 
+    @contextmanager
+    def measured(label: str) -> Iterator[None]:
+        begin_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            parts_ms[label] = parts_ms.get(label, 0) + (time.perf_counter() - begin_s) * 1000
+
     def plain(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            begin_s = time.perf_counter()
-            try:
+            with measured(label):
                 return function(*arguments, **named)
-            finally:
-                parts_ms[label] = parts_ms.get(label, 0) + (time.perf_counter() - begin_s) * 1000
 
         return timed
 
     def waiting(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
         async def timed(*arguments: Any, **named: Any) -> Any:
-            begin_s = time.perf_counter()
-            try:
+            with measured(label):
                 return await function(*arguments, **named)
-            finally:
-                parts_ms[label] = parts_ms.get(label, 0) + (time.perf_counter() - begin_s) * 1000
 
         return timed
 
