@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from threading import Semaphore
 
@@ -21,7 +22,9 @@ import ferryman_qemu.migrations
 import ferryman_qemu.transfer
 from ferryman import GuestState, MigrationOptions, Phase, PhaseEvent, ProgressEvent
 from ferryman.errors import GuestLostError, PerformError
+from ferryman.hookspecs import FinishRequest
 from ferryman.types import DomainEventKind, Postcopy, TimeoutAction
+from ferryman_qemu.driver import QemuDriver
 from tests.guests.inspect import pids
 from tests.qemu import MIB, NAME, PROMPT_S, Field, RawRelay, Target, end_process, relayed, settled
 
@@ -257,37 +260,53 @@ async def test_a_peer_that_is_silent_in_the_switch_for_good(
     field.assert_unbroken(crossings=0)
 
 
-async def test_both_programs_die_with_the_stream_and_others_mend_it(field: Field) -> None:
-    """They die when the claim is written down.  Before, what the destination's QEMU does may be known to nobody."""
+@pytest.mark.parametrize("who", ["both", "the source alone"])
+@pytest.mark.parametrize("when", ["ran", "claimed"])
+async def test_both_programs_die_with_the_stream_and_others_mend_it(
+    field: Field, when: str, who: str
+) -> None:
+    """They die when the guest was commanded to run, or when that is written down too."""
     async with ferryman.connect(field.uris[0]) as a:
         await started(field, a)
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.test_postcopy_qemu", *field.uris],
+        [sys.executable, "-m", "tests.integration.test_postcopy_qemu", when, *field.uris],
         cwd=_ROOT,
         stdout=subprocess.PIPE,
     ) as program:
         assert program.stdout is not None
         try:
-            assert await anyio.to_thread.run_sync(program.stdout.readline) == b"claimed\n"
+            assert await anyio.to_thread.run_sync(program.stdout.readline) == f"{when}\n".encode()
         finally:
             os.kill(program.pid, signal.SIGKILL)
-    async with ferryman.connect(field.uris[0]) as a:
-        with a.events() as events:
-            async with ferryman.connect(field.uris[1]) as b:
-                assert [row.peer_address for row in a.open_migrations()] == [field.uris[1]]
-                await anyio.to_thread.run_sync(field.wait_ticks, 20)
-                with anyio.fail_after(PROMPT_S):
-                    async for event in events:
-                        if event.kind is DomainEventKind.MIGRATED_OUT:
-                            break
-                await settled(a, b)
+    async with AsyncExitStack() as stack:
+        a = await stack.enter_async_context(ferryman.connect(field.uris[0]))
+        events = stack.enter_context(a.events())
+        ends = [a]
+        if who == "both":
+            ends.append(await stack.enter_async_context(ferryman.connect(field.uris[1])))
+        assert [row.peer_address for row in a.open_migrations()] == [field.uris[1]]
+        with anyio.fail_after(PROMPT_S):
+            async for event in events:
+                if event.kind is DomainEventKind.MIGRATED_OUT:
+                    break
+            await settled(*ends)
     assert field.emulators(field.roots[0]) == []
     await end(field)
 
 
-async def _migrate_through_a_relay(source: str, destination: str) -> None:
+async def _migrate_through_a_relay(when: str, source: str, destination: str) -> None:
     """What a program does whose end is that of the stream too."""
     with pytest.MonkeyPatch.context() as patch, relayed(patch, RawRelay):
+        if when == "ran":
+            finish = QemuDriver.migrate_finish
+
+            @wraps(finish)
+            async def run(self: QemuDriver, request: FinishRequest) -> None:
+                await finish(self, request)
+                print("ran", flush=True)
+                await anyio.sleep_forever()
+
+            patch.setattr(QemuDriver, "migrate_finish", run)
         async with ferryman.connect(source) as a, ferryman.connect(destination) as b:
             async with (await a.lookup_by_name(NAME)).migrate(b, _SLOW) as job:
                 await switch(job)
@@ -298,4 +317,4 @@ async def _migrate_through_a_relay(source: str, destination: str) -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(_migrate_through_a_relay, sys.argv[1], sys.argv[2])
+    anyio.run(_migrate_through_a_relay, *sys.argv[1:])

@@ -73,12 +73,16 @@ class Hypervisor:
         self.mended: list[MendReply | FerrymanError] = []
         self.end: PerformReply | PerformError = PerformReply(statistics=TransferStatistics(), switched=True)
         self.evidence = Evidence(guest=GuestEvidence.STOPPED, transfer=TransferEvidence.SWITCHED)
+        self.mute = False
+        """Until its stream is mended it answers nothing."""
 
     def has(self, hook: str) -> bool:
         return hook not in ("migrate_expect", "migrate_adopt", "domain_definition")
 
     async def call(self, hook: str, request: Any, _expects: type[Any]) -> Any:
         self.told.append(hook)
+        if self.mute and hook in ("migrate_finish", "migrate_evidence"):
+            raise HypervisorError("it waits for pages")
         match hook:
             case "migrate_begin":
                 return BeginReply(definition="<domain/>", paused=False, process="source")
@@ -101,6 +105,7 @@ class Hypervisor:
                 mended = self.mended.pop(0)
                 if isinstance(mended, FerrymanError):
                     raise mended
+                self.mute = False
                 return mended
             case "migrate_finish":
                 self.told.append(request.verdict.value)
@@ -118,11 +123,13 @@ class End:
     def __init__(self, journal: Journal, address: str, tasks: Any) -> None:
         self.hypervisor = Hypervisor()
         self.peer: End | None = None
+        one_at_a_time = anyio.Lock()
 
         async def ask(_address: str, question: Callable[[Endpoint], Awaitable[None]]) -> None:
             if self.peer is None:
                 raise ConnectError("the other host is away")
-            await question(self.peer.host)
+            async with one_at_a_time:  # as where a host is open for one question only
+                await question(self.peer.host)
 
         def start(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
             tasks.start_soon(body)
@@ -233,6 +240,42 @@ async def test_a_broken_stream_is_mended_as_often_as_it_takes(tmp_path: Path) ->
         assert told == ["tcp://127.0.0.1:2", "tcp://127.0.0.1:3"]
         assert b.hypervisor.told.count("migrate_mend") == 3
         assert a.hypervisor.told[-1] == Verdict.GIVEN.value
+        assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+async def test_a_stream_is_mended_after_a_source_that_asked_was_answered(tmp_path: Path) -> None:
+    async with two(tmp_path) as (a, b):
+        begun, _claim = await claimed(a, b)
+        a.hypervisor.served = [ServeReply(broken=True)]
+        a.hypervisor.mended = b.hypervisor.mended = [MendReply(migration_uri="tcp://127.0.0.1:2")] * 2
+        (resolution,) = await a.host.resolve(begun.id)
+        assert resolution.record is Record.GIVEN
+        assert resolution.missing == "nothing: the rest of the guest is being sent"
+        await told(a, "migrate_mend")
+        a.hypervisor.every_page.set()
+        await told(a, "migrate_confirm")
+        assert a.host.open_migrations() == b.host.open_migrations() == []
+
+
+async def test_a_destination_that_cannot_answer_before_more_pages_come(tmp_path: Path) -> None:
+    """Nobody knows whether the guest runs there, so it is not claimed; and nobody will know while pages are missing."""
+    async with two(tmp_path) as (a, b):
+        async with transferring(a, b) as (begun, receipt, done):
+            pledge = await b.host.decide(with_kind(receipt.cookie, PaperKind.SWITCH))
+            await a.host.switch(pledge.cookie)
+        b.hypervisor.mute = True
+        b.hypervisor.evidence = Evidence(guest=GuestEvidence.RUNNING)
+        with pytest.raises(HypervisorError, match="waits for pages"):
+            await b.host.decide(done[0].cookie)
+        assert b.record(Side.DESTINATION, begun) is Record.CLAIMING
+        a.hypervisor.served = [ServeReply(broken=True)]
+        a.hypervisor.mended = b.hypervisor.mended = [MendReply(migration_uri="tcp://127.0.0.1:2")] * 2
+        a.hypervisor.every_page.set()
+        # The next program to open the source's host asks.
+        await a.host.recover()
+        await told(a, "migrate_confirm")
+        assert a.record(Side.SOURCE, begun) is Record.GIVEN
+        assert b.record(Side.DESTINATION, begun) is Record.CLAIMED
         assert a.host.open_migrations() == b.host.open_migrations() == []
 
 

@@ -15,6 +15,7 @@ import math
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, assert_never
 
 import anyio
@@ -469,14 +470,9 @@ class Host:
         run = await self._run(Side.SOURCE, answer.paper)
         if run is None:
             raise PaperError(f"no migration {answer.paper.migration_id} began here")
-        with anyio.CancelScope(shield=True):
-            async with run.lock:
-                await self._refresh(run)
-                newest = self._journal.generation(run.row.uuid) == run.row.generation
-                given = admit_answer(run.row, answer.paper, newest=newest)
-                if given is None:
-                    return Confirmed(kind=PaperKind.PENDING)
-                kind = await self._answer(run, given)
+        kind = await self._take_answer(run, answer.paper)
+        if kind is None:
+            return Confirmed(kind=PaperKind.PENDING)
         if run.serving is not None:
             await run.serving.wait()
             kind = PaperKind.GIVEN
@@ -485,6 +481,18 @@ class Host:
             statistics=run.confirm_reply.statistics,
             guest_gone=run.lost or run.confirm_reply.guest_gone,
         )
+
+    async def _take_answer(self, run: _Run, paper: Paper) -> PaperKind | None:
+        """Do at the source what the destination's answer decides; waits for no pages.
+
+        :returns: None where it decides nothing.
+        """
+        with anyio.CancelScope(shield=True):
+            async with run.lock:
+                await self._refresh(run)
+                newest = self._journal.generation(run.row.uuid) == run.row.generation
+                given = admit_answer(run.row, paper, newest=newest)
+                return await self._answer(run, given) if given is not None else None
 
     async def inquire(self, cookie: bytes) -> bytes:
         """Answer a destination that pledged itself: with the proof, with ``no-proof``, or ``pending``.
@@ -529,12 +537,16 @@ class Host:
         """Post-copy, at the destination: wait for the source anew, after the stream broke.
 
         :returns: the migration URI where it waits.
-        :raises PaperError: the cookie names no migration whose guest was claimed here.
+        A guest that nobody has claimed yet may run here already, and its hypervisor may not be able to say so before
+        more of its pages have come.
+
+        :raises PaperError: the cookie names no migration whose guest was ever commanded to run here.
         :raises HypervisorError: the stream is not broken, or nothing can be done about it.
         """
         paper = decode_cookie(cookie).paper
         run = await self._run(Side.DESTINATION, paper)
-        if run is None or run.row.record is not Record.CLAIMED or not names(run.row, paper):
+        brought = (Record.CLAIMING, Record.CLAIMED)
+        if run is None or run.row.record not in brought or not names(run.row, paper):
             raise PaperError(f"migration {paper.migration_id} has brought no guest here")
         reply = await self._hooks.call("migrate_mend", self._mend_request(run, None), MendReply)
         if reply.migration_uri is None:
@@ -1145,7 +1157,14 @@ class Host:
         # Whoever has just answered that it is still deciding is not lost.
         if not run.done and testimony is not None and not (testimony.lost and answered is PaperKind.PENDING):
             answered, trouble = await self._testify(run, testimony, answered, trouble)
-        return describe(run.row, run.state, settled=run.done, answered=answered, trouble=trouble)
+        return describe(
+            run.row,
+            run.state,
+            settled=run.done,
+            under_way=_under_way(run),
+            answered=answered,
+            trouble=trouble,
+        )
 
     async def _testify(
         self, run: _Run, testimony: Testimony, answered: PaperKind | None, trouble: str
@@ -1196,23 +1215,22 @@ class Host:
         :returns: what it answered.
         """
         question = self._cookie(run, QUESTIONS[run.state])
-        answered = PaperKind.PENDING
+        answers: list[bytes] = []
 
         async def ask_destination(destination: Endpoint) -> None:
-            nonlocal answered
-            finished = await destination.decide(question)
-            answered = finished.kind
-            await self.confirm(finished.cookie)
+            answers.append((await destination.decide(question)).cookie)
 
         async def ask_source(source: Endpoint) -> None:
-            nonlocal answered
-            answer = await source.inquire(question)
-            answered = decode_cookie(answer).paper.kind
-            if answered is not PaperKind.PENDING:
-                await self.decide(answer)
+            answers.append(await source.inquire(question))
 
         await self._peer(run.row.peer_address, ask_destination if run.side is Side.SOURCE else ask_source)
-        return answered
+        # The other host may be open for the question only, and what follows may ask it more: it is let go before.
+        paper = decode_cookie(answers[0]).paper
+        if run.side is Side.SOURCE:
+            await self._take_answer(run, paper)
+        elif paper.kind is not PaperKind.PENDING:
+            await self.decide(answers[0])
+        return paper.kind
 
     async def _look_and_ask(self, run: _Run) -> PaperKind | None:
         """Do what this host can find out alone, then ask the other side.
@@ -1230,13 +1248,28 @@ class Host:
     async def _ask_until_answered(self, run: _Run) -> None:
         wait_s = _ASK_FIRST_S
         while not run.done:
-            try:
-                await self._look_and_ask(run)
-            except FerrymanError as error:
-                _log.info("migration %s is still in doubt: %s", run.row.migration_id, error)
+            for ask_or_mend in (self._look_and_ask, partial(self._keep_whole, within_s=wait_s)):
+                try:
+                    await ask_or_mend(run)
+                except FerrymanError as error:
+                    _log.info("migration %s is still in doubt: %s", run.row.migration_id, error)
             if not run.done:
                 await anyio.sleep(wait_s)
                 wait_s = min(wait_s * 2, _ASK_LONGEST_S)
+
+    async def _keep_whole(self, run: _Run, within_s: float) -> None:
+        """Post-copy: mend the stream of a guest that nobody has claimed yet, if it is broken or breaks in that time.
+
+        Without its pages the destination may not even be able to say what became of the guest.
+        """
+        if run.serving is not None:
+            await run.serving.wait()
+        elif run.state is State.SWITCHED and self._hooks.has("migrate_serve"):
+            reply = ServeReply()
+            with anyio.move_on_after(within_s):
+                reply = await self._hooks.call("migrate_serve", self._evidence_request(run), ServeReply)
+            if reply.broken:
+                await self._mend(run)
 
     def _lease(self, run: _Run) -> None:
         """Let an undecided side give up by itself when its caller is gone (rule 5)."""
@@ -1323,9 +1356,10 @@ def _sends(run: _Run) -> bool:
 
 
 def _under_way(run: _Run) -> bool:
-    """Whether somebody still drives it; its lease ends it otherwise."""
+    """Whether somebody still drives it, whom its lease ends otherwise, or the rest of its guest is being sent."""
     driven = (State.ABSENT, State.BEGUN, State.PREPARING, State.PREPARED)
-    return run.transfer is not None or (run.state in driven and not run.recovered)
+    serves = run.serving is not None and not run.serving.is_set()
+    return run.transfer is not None or serves or (run.state in driven and not run.recovered)
 
 
 def _flags(**flags: bool) -> tuple[tuple[str, str], ...]:

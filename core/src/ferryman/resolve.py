@@ -156,6 +156,8 @@ def _missing(
 ) -> tuple[str, str]:
     other = "destination" if row.side is Side.SOURCE else "source"
     because = f" ({trouble})" if trouble else ""
+    if under_way and row.record.decided:
+        return "nothing: the rest of the guest is being sent", "wait for it"
     if under_way:
         return "nothing: it is under way", "wait for it, or abort it where it was started"
     if row.record.decided:
