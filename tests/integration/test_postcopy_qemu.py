@@ -317,4 +317,4 @@ async def _migrate_through_a_relay(when: str, source: str, destination: str) -> 
 
 
 if __name__ == "__main__":
-    anyio.run(_migrate_through_a_relay, *sys.argv[1:])
+    anyio.run(_migrate_through_a_relay, sys.argv[1], sys.argv[2], sys.argv[3])

@@ -715,7 +715,7 @@ class Port(int, Enum):
 @pytest.mark.parametrize(
     "value",
     [None, b"tcp://h", bytearray(b"h"), 5, 1.5, True, [], ("h",), object(), str, ConnectionURI(scheme="q")],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_text(kind: type[AnyURI], value: Any) -> None:
     with pytest.raises(URIError) as caught:

@@ -487,12 +487,15 @@ class Host:
 
         :returns: None where it decides nothing.
         """
+        kind: PaperKind | None = None
         with anyio.CancelScope(shield=True):
             async with run.lock:
                 await self._refresh(run)
                 newest = self._journal.generation(run.row.uuid) == run.row.generation
                 given = admit_answer(run.row, paper, newest=newest)
-                return await self._answer(run, given) if given is not None else None
+                if given is not None:
+                    kind = await self._answer(run, given)
+        return kind
 
     async def inquire(self, cookie: bytes) -> bytes:
         """Answer a destination that pledged itself: with the proof, with ``no-proof``, or ``pending``.
