@@ -474,6 +474,7 @@ async def test_the_sources_hypervisor_hangs(
 
     monkeypatch.setattr(SimulatedDriver, "migrate_evidence", migrate_evidence)
     async with open_host(lab, "alpha") as alpha:
+        assert isinstance(alpha.host, Host)
         (run,) = alpha.host._runs.values()
         run.options = replace(OPTIONS, patience_s=0.2)
         hangs = True
@@ -506,6 +507,7 @@ async def test_a_row_that_nobody_holds_is_not_settled(lab: World, monkeypatch: p
         monkeypatch.setattr(Journal, "write_now", write_now)
         with pytest.raises(ferryman.errors.MigrationError):
             await domain.migrate(beta)
+        assert isinstance(beta.host, Host)
         (row,) = beta.host._journal.open_rows()
         assert row.record is Record.PREPARED
         (found,) = await beta.resolve(row.migration_id)

@@ -66,7 +66,8 @@ async def test_what_is_wrong_ends_before_a_page_moves(
             assert a.open_migrations() == b.open_migrations() == []
             await anyio.to_thread.run_sync(field.wait_ticks, 20)
             assert field.emulators(field.roots[1]) == []
-            assert [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
+            # A source that was made to send in plain sends until it is cut off; nobody reads what it has sent.
+            assert plain == "source" or [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
             await domain.destroy()
     field.assert_unbroken(crossings=0)
 

@@ -24,7 +24,7 @@ from anyio.abc import ByteStream
 
 from ferryman.capabilities import Capabilities
 from ferryman.definition import minimal_definition, parse_definition
-from ferryman.engine import Endpoint, Host
+from ferryman.engine import Endpoint, Host, HostEnd
 from ferryman.errors import (
     ConnectError,
     ConnectionClosedError,
@@ -110,12 +110,14 @@ _QUESTION_KEPT_S = 60.0
 """Longer than an opening takes: one that began before the answer found the host in use, and may have it now."""
 
 
-def connect(uri: str | ConnectionURI) -> Connection:
+def connect(uri: str | ConnectionURI, *, address: str | None = None) -> Connection:
     """Make the connection to a host; it opens when it is entered with ``async with``.
 
+    :param address: connection URI by which other hosts reach this one through the caller, as a daemon does; None is
+        what the driver says.
     :raises URIError: the URI is malformed.
     """
-    return Connection(ConnectionURI.parse(uri) if isinstance(uri, str) else uri)
+    return Connection(ConnectionURI.parse(uri) if isinstance(uri, str) else uri, address=address)
 
 
 class Connection:
@@ -133,11 +135,12 @@ class Connection:
     :cancellation: while entering: nothing is left open.
     """
 
-    def __init__(self, uri: ConnectionURI) -> None:
+    def __init__(self, uri: ConnectionURI, *, address: str | None = None) -> None:
         self.uri = uri
+        self._address = address
         self._stack = AsyncExitStack()
         self._hooks: Hooks | None = None
-        self._host: Host | None = None
+        self._host: HostEnd | None = None
         self._reply = OpenReply()
         self._journal: Journal | None = None
         self._key: tuple[Any, str] | None = None
@@ -173,6 +176,11 @@ class Connection:
         self._start = _starter(await _enter_tasks(stack))
         self._hooks = hooks
         stack.callback(self._closed)
+        if self._reply.hooks is not None:
+            hooks.limit(self._reply.hooks)
+        if self._reply.end is not None:
+            self._host = self._reply.end
+            return
         if not self._reply.looks_on:
             await self._open_host(hooks)
             return
@@ -187,9 +195,9 @@ class Connection:
         from ferryman.journal import Journal  # sqlite3 is loaded where a host is opened
 
         address = self.address
-        path = self._reply.journal or _default_journal(self.uri.scheme, address)
+        path = self._reply.journal or _default_journal(self.uri.scheme, self._own_address())
         self._journal = await anyio.to_thread.run_sync(Journal.open, path)
-        self._host = host = Host(hooks, self._journal, address=address, peer=_ask_peer, start=self._start)
+        host = self._host = Host(hooks, self._journal, address=address, peer=_ask_peer, start=self._start)
         self._key = (anyio.lowlevel.current_token(), address)
         _open_hosts.setdefault(self._key, self)
         await host.recover()
@@ -256,7 +264,7 @@ class Connection:
         return self._hooks
 
     @property
-    def host(self) -> Host:
+    def host(self) -> HostEnd:
         """The host's end of migrations.
 
         :raises ConnectionClosedError: the connection is not open.
@@ -274,6 +282,9 @@ class Connection:
     def address(self) -> str:
         """Connection URI by which another end can ask this host."""
         self.hooks  # noqa: B018 - raises where the connection is closed
+        return self._address or self._own_address()
+
+    def _own_address(self) -> str:
         return self._reply.address or self.uri.render()
 
     async def capabilities(self) -> Capabilities:
@@ -282,8 +293,11 @@ class Connection:
 
     async def list_domains(self) -> list[Domain]:
         """List all domains, active or not."""
-        found: list[DomainInfo] = await self.hooks.call("domain_list", HostRequest(), list)
-        return [Domain(self, info.name, info.uuid) for info in found]
+        return [Domain(self, info.name, info.uuid) for info in await self.list_domain_infos()]
+
+    async def list_domain_infos(self) -> list[DomainInfo]:
+        """Name, uuid, state and size of all domains now, which :meth:`Domain.info` tells of one."""
+        return await self.hooks.call("domain_list", HostRequest(), list)
 
     async def lookup_by_name(self, name: str) -> Domain:
         """Find a domain by its name. :raises DomainNotFoundError: there is none."""

@@ -238,6 +238,24 @@ class Endpoint(Protocol):
         """Say that the caller is still there: the lease starts anew."""
 
 
+class HostEnd(Endpoint, Protocol):
+    """One host's end of migrations: what others say to it, and what its own program asks of it."""
+
+    def require_free(self, uuid: DomainUUID, name: str) -> None:
+        """Refuse what a migration has locked. :raises DomainBusyError: it has."""
+
+    def open_migrations(self) -> list[MigrationRow]:
+        """Migrations that are under way or in doubt here."""
+
+    def in_doubt(self) -> list[Resolution]:
+        """Every migration that is open here, and what is missing; asks nobody."""
+
+    async def resolve(
+        self, migration_id: MigrationId | None = None, testimony: Testimony | None = None
+    ) -> list[Resolution]:
+        """Settle what is open here."""
+
+
 @dataclass(eq=False, slots=True)
 class _Run:
     """One open migration on this host: its row, its state, and what only memory holds."""

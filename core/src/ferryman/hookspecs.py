@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream, TaskGroup
 
     from ferryman.capabilities import Capabilities
+    from ferryman.engine import HostEnd
     from ferryman.plan import Plan
     from ferryman.uri import ConnectionURI
 
@@ -103,11 +104,16 @@ class OpenReply:
     :param journal: where the host's journal lies; None lets the core choose a place under the user's state directory.
     :param address: connection URI by which another end can ask this host; None is the URI that was opened.
     :param looks_on: another program may change the host now, and this one only reads until ``connection_acquire``.
+    :param end: the host's end of migrations, where another program keeps it and its journal; None is that the core
+        keeps them here.
+    :param hooks: names of the hooks that the host behind this driver has; None is all that the driver has itself.
     """
 
     journal: Path | None = None
     address: str | None = None
     looks_on: bool = False
+    end: HostEnd | None = None
+    hooks: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,7 @@ DRIVERS = "ferryman.drivers"
 TRANSPORTS = "ferryman.transports"
 OBSERVERS = "ferryman.observers"
 _REQUIRED = ("capabilities", "migrate_prepare", "migrate_perform", "migrate_finish")
+_OF_HOSTS = frozenset(name for name in hook_names(DriverHooks) if not name.startswith("connection_"))
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Hooks:
         self._manager.add_hookspecs(DriverHooks)
         self._manager.add_hookspecs(ObserverHooks)
         self._observers: dict[str, str] = {}
+        self._only: frozenset[str] | None = None
         self._register(driver, distribution)
         for name in _REQUIRED:
             if not self.has(name):
@@ -96,8 +98,14 @@ class Hooks:
                     hook=hook,
                 )
 
+    def limit(self, only: frozenset[str]) -> None:
+        """Have no other hooks of domains, hosts and migrations than these: the host behind the driver has no more."""
+        self._only = only
+
     def has(self, hook: str) -> bool:
         """Whether the driver implements a hook."""
+        if self._only is not None and hook in _OF_HOSTS and hook not in self._only:
+            return False
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     async def call(self, hook: str, request: object, expects: type[T] | tuple[type, ...]) -> T:

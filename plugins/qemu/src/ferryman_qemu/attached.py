@@ -164,7 +164,7 @@ def _process_behind(stream: anyio.abc.UNIXSocketStream, request: AdoptRequest) -
     """The process of a socket. :raises ConnectError: it is not QEMU, or not known."""
     pid = request.pid
     if pid is None:
-        raw: socket.socket = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610 - no Django here
+        raw: socket.socket = stream.extra(anyio.abc.SocketAttribute.raw_socket)
         pid, _, _ = _UCRED.unpack(raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     identity = identity_of(pid)
     try:

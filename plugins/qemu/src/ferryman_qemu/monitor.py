@@ -321,7 +321,7 @@ class Monitor:
         self._heard = heard
         self._stream = stream
         self._socket: socket.socket | None = (
-            stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610 - no Django here
+            stream.extra(anyio.abc.SocketAttribute.raw_socket)
             if isinstance(stream, anyio.abc.UNIXSocketStream)
             else None
         )

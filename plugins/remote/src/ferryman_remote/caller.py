@@ -1,0 +1,145 @@
+"""The calling end of a link: each call waits for the answer with its serial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from ferryman.errors import ConnectionClosedError, FerrymanError, HypervisorError
+from ferryman_remote import ferry
+from ferryman_remote.protocol import RemoteError
+from ferryman_remote.values import load_error
+from ferryman_remote.wire import Packet, PacketType, Status
+from ferryman_remote.xdr import XDRError, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ferryman_remote.link import Link
+
+T = TypeVar("T", bound=tuple[Any, ...])
+
+CANCEL_PATIENCE_S = 30.0
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A call that has not been answered, and what is done with samples that come meanwhile."""
+
+    answered: anyio.Event = field(default_factory=anyio.Event)
+    answer: Packet | None = None
+    progress: Callable[[bytes], None] | None = None
+
+
+class Caller:
+    """Calls over one link.
+
+    :param happened: takes the payload of every event that belongs to no call.
+    """
+
+    def __init__(self, link: Link, happened: Callable[[Packet], None]) -> None:
+        self.link = link
+        self._happened = happened
+        self._waiting: dict[int, _Waiting] = {}
+        self._serial = 0
+
+    async def run(self) -> None:
+        """Serve the link until it ends; calls that wait then fail."""
+        try:
+            await self.link.run(self._take)
+        finally:
+            for waiting in self._waiting.values():
+                waiting.answered.set()
+
+    async def _take(self, packet: Packet) -> None:
+        if packet.type is PacketType.REPLY:
+            waiting = self._waiting.get(packet.serial)
+            if waiting is None:
+                self.link.cut(f"an answer to a call that was not made: serial {packet.serial}")
+                return
+            waiting.answer = packet
+            waiting.answered.set()
+        elif packet.type is PacketType.EVENT:
+            if (packet.program, packet.procedure) == (ferry.PROGRAM, ferry.Number.PROGRESS):
+                sample = decode(ferry.Progress, packet.payload)
+                called = self._waiting.get(sample.serial)
+                if called is not None and called.progress is not None:
+                    called.progress(sample.statistics)
+            else:
+                self._happened(packet)
+        else:
+            self.link.cut(f"a packet of type {packet.type.name}, which nobody asked for")
+
+    async def call(
+        self,
+        program: int,
+        procedure: int,
+        arguments: tuple[Any, ...],
+        result: type[T],
+        *,
+        progress: Callable[[bytes], None] | None = None,
+        late: Callable[[T], Any] | None = None,
+    ) -> T:
+        """Call, and wait for the answer.
+
+        :param late: awaited with an answer that came although the call was cancelled, to undo what it reports.
+        :raises ConnectionClosedError: the link ended before the answer: what became of the call is not known.
+        :raises FerrymanError: what the far end raised.
+        :cancellation: of Ferryman's own program: the far end is told, and its answer awaited for at most 30 s.
+        """
+        serial, self._serial = self._serial, (self._serial + 1) & 0xFFFFFFFF
+        waiting = self._waiting[serial] = _Waiting(progress=progress)
+        try:
+            if self.link.ended:
+                raise self._closed()
+            self.link.send(Packet(program, 1, procedure, PacketType.CALL, serial, payload=encode(arguments)))
+            try:
+                await waiting.answered.wait()
+            except anyio.get_cancelled_exc_class():
+                with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_PATIENCE_S):
+                    await self._cancel(program, serial, waiting, result, late)
+                raise
+            return self._result(waiting, result)
+        finally:
+            del self._waiting[serial]
+
+    async def _cancel(
+        self, program: int, serial: int, waiting: _Waiting, result: type[T], late: Callable[[T], Any] | None
+    ) -> None:
+        if program == ferry.PROGRAM and not self.link.ended:
+            own, self._serial = self._serial, (self._serial + 1) & 0xFFFFFFFF
+            self._waiting[own] = _Waiting()
+            payload = encode(ferry.Cancel(serial))
+            self.link.send(
+                Packet(ferry.PROGRAM, 1, ferry.Number.CANCEL, PacketType.CALL, own, payload=payload)
+            )
+            await waiting.answered.wait()
+            await self._waiting[own].answered.wait()
+            del self._waiting[own]
+        if late is not None and waiting.answer is not None and waiting.answer.status is Status.OK:
+            await late(self._result(waiting, result))
+
+    def _closed(self) -> ConnectionClosedError:
+        why = self.link.reason or "it was closed"
+        return ConnectionClosedError(f"the connection to {self.link.name} ended: {why}")
+
+    def _result(self, waiting: _Waiting, result: type[T]) -> T:
+        answer = waiting.answer
+        if answer is None:
+            raise self._closed()
+        try:
+            if answer.status is Status.ERROR:
+                raise error_of(decode(RemoteError, answer.payload))
+            return decode(result, answer.payload)
+        except XDRError as error:
+            raise HypervisorError(f"{self.link.name} answered what cannot be read: {error}") from error
+
+
+def error_of(told: RemoteError) -> FerrymanError:
+    """The error that the far end raised; a stock daemon's is a hypervisor's."""
+    message = told.message or "the far end failed, and does not say why"
+    if told.str1 is not None and told.str2 is not None and told.str2.startswith("{"):
+        return load_error(message, told.str1, told.str2.encode())
+    return HypervisorError(message)

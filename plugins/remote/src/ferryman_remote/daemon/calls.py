@@ -1,0 +1,912 @@
+"""libvirt's procedures, answered by Ferryman's API; what is not here is answered as unknown, as libvirt does.
+
+Source: libvirt, src/remote/remote_protocol.x, and what virsh 9.0 sends.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from ferryman.connection import Domain
+from ferryman.definition import parse_definition
+from ferryman.errors import DomainNotFoundError, HypervisorError
+from ferryman.types import DomainInfo, DomainState, DomainStatistics, DomainUUID, ShutdownMode, Tuning
+from ferryman_remote import protocol as p
+from ferryman_remote.daemon import events, moves
+from ferryman_remote.daemon.errors import Code, Of, WireFault
+from ferryman_remote.daemon.hosts import ServedHost
+from ferryman_remote.daemon.session import Listener, Session
+from ferryman_remote.protocol import PROCEDURES, ParameterKind, TypedParameter
+
+_BY_NAME = {procedure.name: procedure for procedure in PROCEDURES.values()}
+CLOSE = _BY_NAME["CONNECT_CLOSE"].number
+
+LIBVIRT_VERSION = 9_000_000
+"""Of the protocol that is spoken: 9.0.0."""
+
+_STATES = {
+    DomainState.RUNNING: (1, 1),
+    DomainState.PAUSED: (3, 1),
+    DomainState.SHUTTING_DOWN: (4, 1),
+    DomainState.SHUT_OFF: (5, 0),
+    DomainState.CRASHED: (6, 0),
+}
+"""State and reason, as libvirt numbers them."""
+
+_DEFINE_FLAGS = 1
+_CREATE_PAUSED, _CREATE_AUTODESTROY = 1, 2
+_UNDEFINE_FLAGS = 127
+_XML_FLAGS = 15
+_KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a procedure is answered.
+
+    :param needs_host: only after a host has been opened.
+    :param writes: not on a connection that is read-only.
+    """
+
+    name: str
+    call: Callable[[Session, Any], Awaitable[Any]]
+    needs_host: bool
+    writes: bool
+
+
+ANSWERS: dict[int, Answer] = {}
+"""By number."""
+
+
+def _answers(
+    *names: str, needs_host: bool = True, writes: bool = False
+) -> Callable[[Callable[[Session, Any], Awaitable[Any]]], Callable[[Session, Any], Awaitable[Any]]]:
+    def keep(call: Callable[[Session, Any], Awaitable[Any]]) -> Callable[[Session, Any], Awaitable[Any]]:
+        for name in names:
+            ANSWERS[_BY_NAME[name].number] = Answer(name, call, needs_host, writes)
+        return call
+
+    return keep
+
+
+_before_open = partial(_answers, needs_host=False)
+_changes = partial(_answers, writes=True)
+
+
+def _host(session: Session) -> ServedHost:
+    assert session.host is not None
+    return session.host
+
+
+def _uuid(dom: p.Domain) -> DomainUUID:
+    return DomainUUID(str(UUID(bytes=dom.uuid)))
+
+
+def _domain(session: Session, dom: p.Domain) -> Domain:
+    """The handle of a domain that a client names; whether it is there is the driver's to say."""
+    return Domain(_host(session).connection, dom.name, _uuid(dom))
+
+
+async def _info(session: Session, dom: p.Domain) -> DomainInfo:
+    return await _domain(session, dom).info()
+
+
+async def _active(session: Session, dom: p.Domain) -> DomainInfo:
+    info = await _info(session, dom)
+    if not info.state.active:
+        raise WireFault(
+            Code.OPERATION_INVALID, "Requested operation is not valid: domain is not running", Of.QEMU
+        )
+    return info
+
+
+def _named(host: ServedHost, info: DomainInfo) -> p.Domain:
+    return p.Domain(info.name, UUID(info.uuid).bytes, host.id_of(info))
+
+
+async def _told(session: Session, domain: Domain) -> p.OfDomain:
+    return p.OfDomain(_named(_host(session), await domain.info()))
+
+
+def _need_flags(flags: int, known: int, what: str) -> None:
+    unknown = flags & ~known
+    if unknown:
+        raise WireFault(Code.INVALID_ARG, f"unsupported flags ({unknown:#x}) in {what}")
+
+
+# The connection
+
+
+@_before_open("CONNECT_OPEN")
+async def _open(session: Session, arguments: p.ConnectOpen) -> None:
+    if arguments.name is None:
+        raise WireFault(Code.INTERNAL, "a connection needs a name", Of.RPC)
+    await session.open(arguments.name or session.hosts.default)
+    session.read_only = session.read_only or bool(arguments.flags & 1)
+
+
+@_before_open("CONNECT_CLOSE")
+async def _close(session: Session, arguments: p.Void) -> None:
+    """Nothing: the session ends when the answer has been written."""
+
+
+@_before_open("AUTH_LIST")
+async def _auth_list(session: Session, arguments: p.Void) -> p.AuthListReply:
+    return p.AuthListReply((0,))
+
+
+_KEEPALIVE = 10
+_OF_DAEMON = {8: 0, _KEEPALIVE: 1, 14: 1, 15: 1}
+
+
+@_before_open("CONNECT_SUPPORTS_FEATURE")
+async def _feature(session: Session, arguments: p.ConnectSupportsFeature) -> p.ConnectSupportsFeatureReply:
+    feature = arguments.feature
+    if feature == _KEEPALIVE:
+        # Only a client that asks answers pings.
+        session.link.keep_alive(session.limits.keepalive_s, session.limits.keepalive_count)
+    if feature not in _OF_DAEMON and session.host is None:
+        raise WireFault(Code.INTERNAL, "hypervisor connection not open", Of.RPC)
+    supported = _OF_DAEMON.get(feature, int(feature in session.hosts.features))
+    return p.ConnectSupportsFeatureReply(supported)
+
+
+@_answers("CONNECT_GET_TYPE")
+async def _type(session: Session, arguments: p.Void) -> p.ConnectGetTypeReply:
+    return p.ConnectGetTypeReply((await _host(session).connection.capabilities()).hypervisor)
+
+
+@_answers("CONNECT_GET_VERSION")
+async def _version(session: Session, arguments: p.Void) -> p.ConnectGetVersionReply:
+    numbers = (*(await _host(session).connection.capabilities()).version, 0, 0)
+    return p.ConnectGetVersionReply(numbers[0] * 1_000_000 + numbers[1] * 1_000 + numbers[2])
+
+
+@_answers("CONNECT_GET_LIB_VERSION")
+async def _lib_version(session: Session, arguments: p.Void) -> p.ConnectGetLibVersionReply:
+    return p.ConnectGetLibVersionReply(LIBVIRT_VERSION)
+
+
+@_answers("CONNECT_GET_HOSTNAME")
+async def _hostname(session: Session, arguments: p.Void) -> p.ConnectGetHostnameReply:
+    return p.ConnectGetHostnameReply(socket.gethostname())
+
+
+@_answers("CONNECT_GET_URI")
+async def _uri(session: Session, arguments: p.Void) -> p.ConnectGetUriReply:
+    return p.ConnectGetUriReply(session.uri)
+
+
+@_answers("CONNECT_IS_SECURE")
+async def _is_secure(session: Session, arguments: p.Void) -> p.ConnectIsSecureReply:
+    return p.ConnectIsSecureReply(int(session.secure))
+
+
+@_answers("CONNECT_GET_CAPABILITIES")
+async def _capabilities(session: Session, arguments: p.Void) -> p.ConnectGetCapabilitiesReply:
+    return p.ConnectGetCapabilitiesReply((await _host(session).connection.capabilities()).to_xml())
+
+
+@_answers("CONNECT_GET_MAX_VCPUS")
+async def _max_vcpus(session: Session, arguments: p.ConnectGetMaxVcpus) -> p.ConnectGetMaxVcpusReply:
+    return p.ConnectGetMaxVcpusReply(255)
+
+
+@_answers("CONNECT_REGISTER_CLOSE_CALLBACK", "CONNECT_UNREGISTER_CLOSE_CALLBACK")
+async def _close_callback(session: Session, arguments: p.Void) -> None:
+    """Nothing to do: the connection itself ends when this daemon does."""
+
+
+@_answers("NODE_GET_INFO")
+async def _node_info(session: Session, arguments: p.Void) -> p.NodeGetInfoReply:
+    cpus = os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _KIB
+    model = platform.machine().encode()[:31]
+    return p.NodeGetInfoReply((*model, *(0,) * (32 - len(model))), memory, cpus, 0, 1, 1, cpus, 1)
+
+
+@_answers("NODE_GET_FREE_MEMORY")
+async def _free_memory(session: Session, arguments: p.Void) -> p.NodeGetFreeMemoryReply:
+    return p.NodeGetFreeMemoryReply(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+@_answers("NODE_GET_SECURITY_MODEL")
+async def _security_model(session: Session, arguments: p.Void) -> p.NodeGetSecurityModelReply:
+    return p.NodeGetSecurityModelReply((), ())
+
+
+# Lists
+
+
+_GROUPS: tuple[tuple[tuple[int, Callable[[DomainInfo], bool]], ...], ...] = (
+    ((1, lambda info: info.state.active), (2, lambda info: not info.state.active)),
+    ((4, lambda info: info.persistent), (8, lambda info: not info.persistent)),
+    (
+        (16, lambda info: info.state is DomainState.RUNNING),
+        (32, lambda info: info.state is DomainState.PAUSED),
+        (64, lambda info: info.state is DomainState.SHUT_OFF),
+        (128, lambda info: info.state in (DomainState.SHUTTING_DOWN, DomainState.CRASHED)),
+    ),
+    ((256, lambda info: False), (512, lambda info: True)),
+    ((1024, lambda info: info.autostart), (2048, lambda info: not info.autostart)),
+    ((4096, lambda info: False), (8192, lambda info: True)),
+    ((16384, lambda info: False), (32768, lambda info: True)),
+)
+"""Filters of a list: of each group any one that is asked for."""
+
+
+def _wanted(info: DomainInfo, flags: int) -> bool:
+    return all(
+        any(flags & bit and fits(info) for bit, fits in group)
+        for group in _GROUPS
+        if any(flags & bit for bit, _ in group)
+    )
+
+
+@_answers("CONNECT_LIST_ALL_DOMAINS")
+async def _list_all(session: Session, arguments: p.ConnectListAllDomains) -> p.ConnectListAllDomainsReply:
+    host = _host(session)
+    found = [info for info in await host.connection.list_domain_infos() if _wanted(info, arguments.flags)]
+    if len(found) > p.MAX_DOMAINS:
+        raise WireFault(
+            Code.RPC, f"{len(found)} domains are more than {p.MAX_DOMAINS}, which a message holds", Of.RPC
+        )
+    domains = tuple(_named(host, info) for info in found) if arguments.need_results else ()
+    return p.ConnectListAllDomainsReply(domains, len(found))
+
+
+@_answers("CONNECT_NUM_OF_DOMAINS")
+async def _num_of_domains(session: Session, arguments: p.Void) -> p.NumberReply:
+    return p.NumberReply(
+        sum(info.state.active for info in await _host(session).connection.list_domain_infos())
+    )
+
+
+@_answers("CONNECT_LIST_DOMAINS")
+async def _list_domains(session: Session, arguments: p.ConnectListDomains) -> p.ConnectListDomainsReply:
+    host = _host(session)
+    active = [info for info in await host.connection.list_domain_infos() if info.state.active]
+    return p.ConnectListDomainsReply(tuple(host.id_of(info) for info in active)[: max(0, arguments.maxids)])
+
+
+async def _inactive(session: Session) -> list[str]:
+    return [
+        info.name for info in await _host(session).connection.list_domain_infos() if not info.state.active
+    ]
+
+
+@_answers("CONNECT_NUM_OF_DEFINED_DOMAINS")
+async def _num_of_defined(session: Session, arguments: p.Void) -> p.NumberReply:
+    return p.NumberReply(len(await _inactive(session)))
+
+
+@_answers("CONNECT_LIST_DEFINED_DOMAINS")
+async def _list_defined(
+    session: Session, arguments: p.ConnectListDefinedDomains
+) -> p.ConnectListDefinedDomainsReply:
+    return p.ConnectListDefinedDomainsReply(tuple(await _inactive(session))[: max(0, arguments.maxnames)])
+
+
+@_answers("DOMAIN_LOOKUP_BY_NAME")
+async def _by_name(session: Session, arguments: p.DomainLookupByName) -> p.OfDomain:
+    return await _told(session, await _host(session).connection.lookup_by_name(arguments.name))
+
+
+@_answers("DOMAIN_LOOKUP_BY_UUID")
+async def _by_uuid(session: Session, arguments: p.DomainLookupByUuid) -> p.OfDomain:
+    uuid = str(UUID(bytes=arguments.uuid))
+    return await _told(session, await _host(session).connection.lookup_by_uuid(uuid))
+
+
+@_answers("DOMAIN_LOOKUP_BY_ID")
+async def _by_id(session: Session, arguments: p.DomainLookupById) -> p.OfDomain:
+    host = _host(session)
+    await _list_all(session, p.ConnectListAllDomains(0, 1))
+    uuid = host.uuid_of(arguments.id)
+    if uuid is None:
+        raise WireFault(
+            Code.NO_DOMAIN, f"Domain not found: no domain with matching id {arguments.id}", Of.QEMU
+        )
+    return await _told(session, await host.connection.lookup_by_uuid(uuid))
+
+
+# Life
+
+
+@_changes("DOMAIN_DEFINE_XML")
+async def _define(session: Session, arguments: p.DomainDefineXml) -> p.OfDomain:
+    return await _told(session, await _host(session).connection.define(arguments.xml))
+
+
+@_changes("DOMAIN_DEFINE_XML_FLAGS")
+async def _define_flags(session: Session, arguments: p.DomainDefineXmlFlags) -> p.OfDomain:
+    _need_flags(arguments.flags, _DEFINE_FLAGS, "DOMAIN_DEFINE_XML_FLAGS")
+    return await _told(session, await _host(session).connection.define(arguments.xml))
+
+
+def _end_with_client(session: Session, domain: Domain, flags: int) -> None:
+    """Destroy a domain when its client leaves, where the flags ask for it."""
+
+    async def destroy() -> None:
+        try:
+            if (await domain.info()).state.active:
+                await domain.destroy()
+        except DomainNotFoundError:
+            return
+
+    if flags & _CREATE_AUTODESTROY:
+        session.leaves.append(destroy)
+
+
+@_changes("DOMAIN_CREATE_XML")
+async def _create_xml(session: Session, arguments: p.DomainCreateXml) -> p.OfDomain:
+    flags = arguments.flags
+    _need_flags(flags, _CREATE_PAUSED | _CREATE_AUTODESTROY, "DOMAIN_CREATE_XML")
+    domain = await _host(session).connection.create(arguments.xml_desc, paused=bool(flags & _CREATE_PAUSED))
+    _end_with_client(session, domain, flags)
+    return await _told(session, domain)
+
+
+@_changes("DOMAIN_CREATE")
+async def _create(session: Session, arguments: p.OfDomain) -> None:
+    await _domain(session, arguments.dom).start()
+
+
+@_changes("DOMAIN_CREATE_WITH_FLAGS")
+async def _create_with_flags(session: Session, arguments: p.OfDomainWithFlags) -> p.OfDomain:
+    _need_flags(arguments.flags, _CREATE_PAUSED | _CREATE_AUTODESTROY, "DOMAIN_CREATE_WITH_FLAGS")
+    domain = _domain(session, arguments.dom)
+    await domain.start(paused=bool(arguments.flags & _CREATE_PAUSED))
+    _end_with_client(session, domain, arguments.flags)
+    return await _told(session, domain)
+
+
+@_changes("DOMAIN_DESTROY", "DOMAIN_DESTROY_FLAGS")
+async def _destroy(session: Session, arguments: p.OfDomain) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).destroy()
+
+
+@_changes("DOMAIN_SUSPEND")
+async def _suspend(session: Session, arguments: p.OfDomain) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).suspend()
+
+
+@_changes("DOMAIN_RESUME")
+async def _resume(session: Session, arguments: p.OfDomain) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).resume()
+
+
+def _mode(flags: int) -> ShutdownMode:
+    _need_flags(flags, 3, "a shutdown")
+    return {0: ShutdownMode.DEFAULT, 1: ShutdownMode.ACPI, 2: ShutdownMode.AGENT, 3: ShutdownMode.DEFAULT}[
+        flags
+    ]
+
+
+@_changes("DOMAIN_SHUTDOWN")
+async def _shutdown(session: Session, arguments: p.OfDomain) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).shutdown()
+
+
+@_changes("DOMAIN_SHUTDOWN_FLAGS")
+async def _shutdown_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).shutdown(_mode(arguments.flags))
+
+
+@_changes("DOMAIN_REBOOT")
+async def _reboot(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).reboot(_mode(arguments.flags))
+
+
+@_changes("DOMAIN_UNDEFINE")
+async def _undefine(session: Session, arguments: p.OfDomain) -> None:
+    await _domain(session, arguments.dom).undefine()
+
+
+@_changes("DOMAIN_UNDEFINE_FLAGS")
+async def _undefine_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    _need_flags(arguments.flags, _UNDEFINE_FLAGS, "DOMAIN_UNDEFINE_FLAGS")
+    await _domain(session, arguments.dom).undefine()
+
+
+@_changes("DOMAIN_SAVE")
+async def _save(session: Session, arguments: p.DomainSave) -> None:
+    await _active(session, arguments.dom)
+    await _domain(session, arguments.dom).save(arguments.to)
+
+
+@_changes("DOMAIN_RESTORE")
+async def _restore(session: Session, arguments: p.DomainRestore) -> None:
+    await _host(session).connection.restore(arguments.from_)
+
+
+@_changes("DOMAIN_SET_VCPUS")
+async def _set_vcpus(session: Session, arguments: p.DomainSetVcpus) -> None:
+    await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus)
+
+
+# What a domain is
+
+
+@_answers("DOMAIN_GET_XML_DESC")
+async def _xml(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetXmlDescReply:
+    _need_flags(arguments.flags, _XML_FLAGS, "DOMAIN_GET_XML_DESC")
+    return p.DomainGetXmlDescReply(await _domain(session, arguments.dom).definition())
+
+
+@_answers("DOMAIN_GET_INFO")
+async def _domain_info(session: Session, arguments: p.OfDomain) -> p.DomainGetInfoReply:
+    info = await _info(session, arguments.dom)
+    memory = info.memory_bytes if info.current_memory_bytes is None else info.current_memory_bytes
+    counted = await _counted(session, info)
+    used_ns = int((counted.cpu_time_s or 0) * 1e9) if counted is not None else 0
+    state, _ = _STATES[info.state]
+    return p.DomainGetInfoReply(state, info.memory_bytes // _KIB, memory // _KIB, info.vcpus, used_ns)
+
+
+async def _counted(session: Session, info: DomainInfo) -> DomainStatistics | None:
+    """Counters of an active domain, where its driver has any."""
+    connection = _host(session).connection
+    if not info.state.active or not connection.hooks.has("domain_statistics"):
+        return None
+    try:
+        return await Domain(connection, info.name, info.uuid).statistics()
+    except HypervisorError:
+        return None  # it says nothing at the moment, and is no less there
+
+
+@_answers("DOMAIN_GET_STATE")
+async def _state(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetStateReply:
+    return p.DomainGetStateReply(*_STATES[(await _info(session, arguments.dom)).state])
+
+
+@_answers("DOMAIN_GET_CONTROL_INFO")
+async def _control_info(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetControlInfoReply:
+    await _active(session, arguments.dom)
+    return p.DomainGetControlInfoReply(0, 0, 0)
+
+
+@_answers("DOMAIN_GET_OS_TYPE")
+async def _os_type(session: Session, arguments: p.OfDomain) -> p.DomainGetOsTypeReply:
+    definition = parse_definition(await _domain(session, arguments.dom).definition())
+    return p.DomainGetOsTypeReply((definition.root.findtext("os/type") or "hvm").strip())
+
+
+@_answers("DOMAIN_GET_AUTOSTART")
+async def _autostart(session: Session, arguments: p.OfDomain) -> p.DomainGetAutostartReply:
+    return p.DomainGetAutostartReply(int((await _info(session, arguments.dom)).autostart))
+
+
+@_answers("DOMAIN_GET_MAX_MEMORY")
+async def _max_memory(session: Session, arguments: p.OfDomain) -> p.DomainGetMaxMemoryReply:
+    return p.DomainGetMaxMemoryReply((await _info(session, arguments.dom)).memory_bytes // _KIB)
+
+
+@_answers("DOMAIN_GET_MAX_VCPUS", "DOMAIN_GET_VCPUS_FLAGS")
+async def _domain_max_vcpus(session: Session, arguments: p.OfDomain) -> p.NumberReply:
+    info = await _info(session, arguments.dom)
+    return p.NumberReply(info.max_vcpus or info.vcpus)
+
+
+@_answers("DOMAIN_IS_ACTIVE")
+async def _is_active(session: Session, arguments: p.OfDomain) -> p.DomainIsActiveReply:
+    return p.DomainIsActiveReply(int((await _info(session, arguments.dom)).state.active))
+
+
+@_answers("DOMAIN_IS_PERSISTENT")
+async def _is_persistent(session: Session, arguments: p.OfDomain) -> p.DomainIsPersistentReply:
+    return p.DomainIsPersistentReply(int((await _info(session, arguments.dom)).persistent))
+
+
+@_answers("DOMAIN_IS_UPDATED")
+async def _is_updated(session: Session, arguments: p.OfDomain) -> p.DomainIsUpdatedReply:
+    await _info(session, arguments.dom)
+    return p.DomainIsUpdatedReply(0)
+
+
+@_answers("DOMAIN_HAS_MANAGED_SAVE_IMAGE")
+async def _managed_save(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainHasManagedSaveImageReply:
+    await _info(session, arguments.dom)
+    return p.DomainHasManagedSaveImageReply(0)
+
+
+@_answers("DOMAIN_SNAPSHOT_NUM")
+async def _snapshots(session: Session, arguments: p.OfDomainWithFlags) -> p.NumberReply:
+    await _info(session, arguments.dom)
+    return p.NumberReply(0)
+
+
+@_answers("DOMAIN_GET_MESSAGES")
+async def _messages(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetMessagesReply:
+    await _info(session, arguments.dom)
+    return p.DomainGetMessagesReply(())
+
+
+@_answers("DOMAIN_MEMORY_STATS")
+async def _memory_stats(session: Session, arguments: p.DomainMemoryStats) -> p.DomainMemoryStatsReply:
+    info = await _active(session, arguments.dom)
+    counted = await _counted(session, info)
+    found = [p.MemoryStat(6, (info.current_memory_bytes or info.memory_bytes) // _KIB)]
+    if counted is not None and counted.resident_bytes is not None:
+        found.append(p.MemoryStat(7, counted.resident_bytes // _KIB))
+    return p.DomainMemoryStatsReply(tuple(found)[: arguments.max_stats])
+
+
+def _known(values: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Counters as libvirt has them: -1 is one that nobody counts."""
+    return tuple(-1 if value is None else value for value in values)
+
+
+@_answers("DOMAIN_BLOCK_STATS")
+async def _block_stats(session: Session, arguments: p.DomainBlockStats) -> p.DomainBlockStatsReply:
+    counted = await _counted(session, await _active(session, arguments.dom))
+    for disk in counted.disks if counted is not None else ():
+        if disk.target == arguments.path:
+            values = (disk.read_requests, disk.read_bytes, disk.write_requests, disk.write_bytes, None)
+            return p.DomainBlockStatsReply._make(_known(values))
+    raise WireFault(Code.INVALID_ARG, f"invalid argument: invalid path: {arguments.path}")
+
+
+@_answers("DOMAIN_INTERFACE_STATS")
+async def _interface_stats(
+    session: Session, arguments: p.DomainInterfaceStats
+) -> p.DomainInterfaceStatsReply:
+    counted = await _counted(session, await _active(session, arguments.dom))
+    for card in counted.interfaces if counted is not None else ():
+        if arguments.device in (card.target, card.mac):
+            values = (
+                card.rx_bytes,
+                card.rx_packets,
+                card.rx_errors,
+                card.rx_drops,
+                card.tx_bytes,
+                card.tx_packets,
+                card.tx_errors,
+                card.tx_drops,
+            )
+            return p.DomainInterfaceStatsReply._make(_known(values))
+    raise WireFault(
+        Code.INVALID_ARG, f"invalid argument: invalid path, '{arguments.device}' is not a known interface"
+    )
+
+
+# Counters in bulk
+
+_KINDS_OF_STATS = {"state": 1, "cpu": 2, "balloon": 4, "vcpu": 8, "net": 16, "block": 32}
+
+
+def _ullong(name: str, value: float | None) -> tuple[TypedParameter, ...]:
+    return (TypedParameter(name, ParameterKind.ULLONG, int(value)),) if value is not None else ()
+
+
+def _stats_of(info: DomainInfo, counted: DomainStatistics | None, wanted: int) -> list[TypedParameter]:
+    found: list[TypedParameter] = []
+    if wanted & _KINDS_OF_STATS["state"]:
+        state, reason = _STATES[info.state]
+        found += [
+            TypedParameter("state.state", ParameterKind.INT, state),
+            TypedParameter("state.reason", ParameterKind.INT, reason),
+        ]
+    if wanted & _KINDS_OF_STATS["cpu"] and counted is not None and counted.cpu_time_s is not None:
+        found += _ullong("cpu.time", counted.cpu_time_s * 1e9)
+    if wanted & _KINDS_OF_STATS["balloon"]:
+        current = counted.current_memory_bytes if counted is not None else None
+        found += _ullong("balloon.current", (current or info.memory_bytes) // _KIB)
+        found += _ullong("balloon.maximum", info.memory_bytes // _KIB)
+        if counted is not None and counted.resident_bytes is not None:
+            found += _ullong("balloon.rss", counted.resident_bytes // _KIB)
+    if wanted & _KINDS_OF_STATS["vcpu"]:
+        found.append(TypedParameter("vcpu.current", ParameterKind.UINT, info.vcpus))
+        found.append(TypedParameter("vcpu.maximum", ParameterKind.UINT, info.max_vcpus or info.vcpus))
+        for number, used_s in enumerate(counted.vcpu_time_s if counted is not None else ()):
+            found.append(TypedParameter(f"vcpu.{number}.state", ParameterKind.INT, 1))
+            found += _ullong(f"vcpu.{number}.time", used_s * 1e9)
+    if wanted & _KINDS_OF_STATS["net"] and counted is not None:
+        found.append(TypedParameter("net.count", ParameterKind.UINT, len(counted.interfaces)))
+        for number, card in enumerate(counted.interfaces):
+            found.append(TypedParameter(f"net.{number}.name", ParameterKind.STRING, card.target or card.mac))
+            for way in ("rx", "tx"):
+                for ours, theirs in (
+                    ("bytes", "bytes"),
+                    ("packets", "pkts"),
+                    ("errors", "errs"),
+                    ("drops", "drop"),
+                ):
+                    found += _ullong(f"net.{number}.{way}.{theirs}", getattr(card, f"{way}_{ours}"))
+    if wanted & _KINDS_OF_STATS["block"] and counted is not None:
+        found.append(TypedParameter("block.count", ParameterKind.UINT, len(counted.disks)))
+        for number, disk in enumerate(counted.disks):
+            found.append(TypedParameter(f"block.{number}.name", ParameterKind.STRING, disk.target))
+            for ours, theirs in _BLOCK_NAMES:
+                found += _ullong(f"block.{number}.{theirs}", getattr(disk, ours))
+    return found
+
+
+_BLOCK_NAMES = (
+    ("read_requests", "rd.reqs"),
+    ("read_bytes", "rd.bytes"),
+    ("read_time_ns", "rd.times"),
+    ("write_requests", "wr.reqs"),
+    ("write_bytes", "wr.bytes"),
+    ("write_time_ns", "wr.times"),
+    ("flush_requests", "fl.reqs"),
+    ("flush_time_ns", "fl.times"),
+    ("allocation_bytes", "allocation"),
+    ("capacity_bytes", "capacity"),
+    ("physical_bytes", "physical"),
+)
+
+
+@_answers("CONNECT_GET_ALL_DOMAIN_STATS")
+async def _all_stats(
+    session: Session, arguments: p.ConnectGetAllDomainStats
+) -> p.ConnectGetAllDomainStatsReply:
+    host = _host(session)
+    wanted = arguments.stats or sum(_KINDS_OF_STATS.values())
+    infos = await host.connection.list_domain_infos()
+    if arguments.doms:
+        named = {_uuid(dom) for dom in arguments.doms}
+        infos = [info for info in infos if info.uuid in named]
+    infos = [info for info in infos if _wanted(info, arguments.flags & 0xFF)]
+    counted: dict[DomainUUID, DomainStatistics] = {}
+    if host.connection.hooks.has("domain_statistics") or host.connection.hooks.has("host_statistics"):
+        active = [Domain(host.connection, info.name, info.uuid) for info in infos if info.state.active]
+        counted = await host.connection.statistics(active)
+    records = (
+        p.DomainStatsRecord(_named(host, info), tuple(_stats_of(info, counted.get(info.uuid), wanted)))
+        for info in infos
+    )
+    return p.ConnectGetAllDomainStatsReply(tuple(records))
+
+
+# Events
+
+
+@_answers("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY")
+async def _register(
+    session: Session, arguments: p.ConnectDomainEventCallbackRegisterAny
+) -> p.ConnectDomainEventCallbackRegisterAnyReply:
+    if arguments.event_id not in events.KNOWN:
+        raise WireFault(Code.INVALID_ARG, f"unsupported event ID {arguments.event_id}")
+    uuid = _uuid(arguments.dom) if arguments.dom is not None else None
+    number = session.listen(Listener(arguments.event_id, uuid))
+    return p.ConnectDomainEventCallbackRegisterAnyReply(number)
+
+
+@_answers("CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY")
+async def _deregister(session: Session, arguments: p.ConnectDomainEventCallbackDeregisterAny) -> None:
+    if session.listeners.pop(arguments.callback_id, None) is None:
+        raise WireFault(Code.INVALID_ARG, f"domain event callback {arguments.callback_id} not registered")
+
+
+# Jobs
+
+
+_JOB_NONE, _JOB_UNBOUNDED, _JOB_COMPLETED, _JOB_FAILED = 0, 2, 3, 4
+
+
+@_answers("DOMAIN_GET_JOB_INFO")
+async def _job_info(session: Session, arguments: p.OfDomain) -> p.DomainGetJobInfoReply:
+    move = _host(session).moves.get(_uuid(arguments.dom))
+    if move is None or move.ended_s is not None:
+        await _active(session, arguments.dom)
+        return p.DomainGetJobInfoReply(_JOB_NONE, *(0,) * 11)
+    seen = {each.field: int(each.value) for each in moves.counters(move) if each.kind is ParameterKind.ULLONG}
+    sizes = [
+        seen.get(f"{of}_{what}", 0)
+        for of in ("data", "memory")
+        for what in ("total", "processed", "remaining")
+    ]
+    files = (0, 0, 0)
+    return p.DomainGetJobInfoReply._make((_JOB_UNBOUNDED, moves.elapsed_ms(move), 0, *sizes, *files))
+
+
+@_answers("DOMAIN_GET_JOB_STATS")
+async def _job_stats(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetJobStatsReply:
+    host, uuid = _host(session), _uuid(arguments.dom)
+    _need_flags(arguments.flags, 3, "DOMAIN_GET_JOB_STATS")
+    move = host.moves.get(uuid)
+    completed = bool(arguments.flags & 1)
+    if move is not None and completed == (move.ended_s is not None):
+        kind = _JOB_UNBOUNDED if not completed else _JOB_COMPLETED if move.error is None else _JOB_FAILED
+        if completed and not arguments.flags & 2:
+            del host.moves[uuid]
+        return p.DomainGetJobStatsReply(kind, moves.counters(move))
+    if not completed:
+        await _active(session, arguments.dom)
+    return p.DomainGetJobStatsReply(_JOB_NONE, ())
+
+
+@_changes("DOMAIN_ABORT_JOB", "DOMAIN_ABORT_JOB_FLAGS")
+async def _abort(session: Session, arguments: p.OfDomain) -> None:
+    moves.running(_host(session), _uuid(arguments.dom)).job.abort()
+
+
+@_changes("DOMAIN_MIGRATE_SET_MAX_DOWNTIME")
+async def _set_downtime(session: Session, arguments: p.DomainMigrateSetMaxDowntime) -> None:
+    move = moves.running(_host(session), _uuid(arguments.dom))
+    await move.job.set_max_downtime(arguments.downtime)
+    move.max_downtime_ms = arguments.downtime
+
+
+@_answers("DOMAIN_MIGRATE_GET_MAX_DOWNTIME")
+async def _get_downtime(
+    session: Session, arguments: p.OfDomainWithFlags
+) -> p.DomainMigrateGetMaxDowntimeReply:
+    await _active(session, arguments.dom)
+    move = _host(session).moves.get(_uuid(arguments.dom))
+    return p.DomainMigrateGetMaxDowntimeReply(move.max_downtime_ms or 300 if move is not None else 300)
+
+
+@_changes("DOMAIN_MIGRATE_SET_MAX_SPEED")
+async def _set_speed(session: Session, arguments: p.DomainMigrateSetMaxSpeed) -> None:
+    host, uuid = _host(session), _uuid(arguments.dom)
+    _need_flags(arguments.flags, 1, "DOMAIN_MIGRATE_SET_MAX_SPEED")
+    Tuning(bandwidth_bytes_per_s=arguments.bandwidth * moves.MIB)
+    if arguments.flags & 1:
+        await moves.running(host, uuid).job.set_postcopy_bandwidth(arguments.bandwidth * moves.MIB)
+        return
+    await _info(session, arguments.dom)
+    host.speeds[uuid] = arguments.bandwidth
+    move = host.moves.get(uuid)
+    if move is not None and move.ended_s is None:
+        await move.job.set_bandwidth(arguments.bandwidth * moves.MIB)
+
+
+@_answers("DOMAIN_MIGRATE_GET_MAX_SPEED")
+async def _get_speed(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainMigrateGetMaxSpeedReply:
+    await _info(session, arguments.dom)
+    return p.DomainMigrateGetMaxSpeedReply(_host(session).speeds.get(_uuid(arguments.dom), 0))
+
+
+@_changes("DOMAIN_MIGRATE_START_POST_COPY")
+async def _start_postcopy(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    await moves.running(_host(session), _uuid(arguments.dom)).job.switch_to_postcopy()
+
+
+# Migration, by the versions of its protocol
+
+
+@_changes("DOMAIN_MIGRATE_PREPARE")
+async def _prepare1(session: Session, arguments: p.DomainMigratePrepare) -> p.DomainMigratePrepareReply:
+    shown, address = await moves.prepare(session, _host(session), arguments.dname, None, None)
+    return p.DomainMigratePrepareReply(shown, arguments.uri_in or address)
+
+
+@_changes("DOMAIN_MIGRATE_PREPARE2")
+async def _prepare2(session: Session, arguments: p.DomainMigratePrepare2) -> p.DomainMigratePrepare2Reply:
+    shown, address = await moves.prepare(session, _host(session), arguments.dname, arguments.dom_xml, None)
+    return p.DomainMigratePrepare2Reply(shown, arguments.uri_in or address)
+
+
+@_changes("DOMAIN_MIGRATE_PERFORM")
+async def _perform1(session: Session, arguments: p.DomainMigratePerform) -> None:
+    uuid, flags = _uuid(arguments.dom), arguments.flags
+    if flags & moves.PEER2PEER:
+        parameters = moves.parameters_of(name=arguments.dname, mib_per_s=arguments.resource)
+        await moves.perform_by_itself(session, _host(session), uuid, arguments.uri, flags, parameters)
+        return
+    parameters = moves.parameters_of(uri=arguments.uri, name=arguments.dname, mib_per_s=arguments.resource)
+    await moves.perform(session, _host(session), uuid, arguments.cookie, flags, parameters)
+
+
+@_changes("DOMAIN_MIGRATE_FINISH")
+async def _finish1(session: Session, arguments: p.DomainMigrateFinish) -> p.DomainMigrateFinishReply:
+    domain = await moves.finish(session, _host(session), arguments.dname, arguments.cookie, cancelled=False)
+    return p.DomainMigrateFinishReply((await _told(session, domain)).dom)
+
+
+@_changes("DOMAIN_MIGRATE_FINISH2")
+async def _finish2(session: Session, arguments: p.DomainMigrateFinish2) -> p.DomainMigrateFinish2Reply:
+    domain = await moves.finish(
+        session, _host(session), arguments.dname, arguments.cookie, cancelled=arguments.retcode != 0
+    )
+    return p.DomainMigrateFinish2Reply((await _told(session, domain)).dom)
+
+
+@_changes("DOMAIN_MIGRATE_BEGIN3")
+async def _begin3(session: Session, arguments: p.DomainMigrateBegin3) -> p.MigrateBeginReply:
+    return p.MigrateBeginReply(
+        *await moves.begin(session, _host(session), _uuid(arguments.dom), arguments.xmlin)
+    )
+
+
+@_changes("DOMAIN_MIGRATE_PREPARE3")
+async def _prepare3(session: Session, arguments: p.DomainMigratePrepare3) -> p.MigratePrepareReply:
+    shown, address = await moves.prepare(
+        session, _host(session), arguments.dname, arguments.dom_xml, arguments.cookie_in
+    )
+    return p.MigratePrepareReply(shown, arguments.uri_in or address)
+
+
+@_changes("DOMAIN_MIGRATE_PERFORM3")
+async def _perform3(session: Session, arguments: p.DomainMigratePerform3) -> p.CookieReply:
+    parameters = moves.parameters_of(
+        uri=arguments.uri, name=arguments.dname, definition=arguments.xmlin, mib_per_s=arguments.resource
+    )
+    return await _performed(
+        session, arguments.dom, arguments.dconnuri, arguments.cookie_in, arguments.flags, parameters
+    )
+
+
+async def _performed(
+    session: Session,
+    dom: p.Domain,
+    address: str | None,
+    shown: bytes,
+    flags: int,
+    parameters: tuple[TypedParameter, ...],
+) -> p.CookieReply:
+    host, uuid = _host(session), _uuid(dom)
+    if flags & moves.PEER2PEER:
+        if address is None:
+            raise WireFault(Code.INVALID_ARG, "invalid argument: no URI of the destination")
+        await moves.perform_by_itself(session, host, uuid, address, flags, parameters)
+        return p.CookieReply(b"")  # a client of this kind takes no cookie
+    return p.CookieReply(await moves.perform(session, host, uuid, shown, flags, parameters))
+
+
+@_changes("DOMAIN_MIGRATE_FINISH3")
+async def _finish3(session: Session, arguments: p.DomainMigrateFinish3) -> p.MigrateFinishReply:
+    domain = await moves.finish(
+        session, _host(session), arguments.dname, arguments.cookie_in, cancelled=arguments.cancelled != 0
+    )
+    return p.MigrateFinishReply((await _told(session, domain)).dom, moves.cookie())
+
+
+@_changes("DOMAIN_MIGRATE_CONFIRM3", "DOMAIN_MIGRATE_CONFIRM3_PARAMS")
+async def _confirm3(session: Session, arguments: p.DomainMigrateConfirm3) -> None:
+    """Nothing: both hosts have settled it, or do so by themselves."""
+
+
+def _text(parameters: tuple[TypedParameter, ...], name: str) -> str | None:
+    for each in parameters:
+        if each.field == name and isinstance(each.value, str):
+            return each.value
+    return None
+
+
+@_changes("DOMAIN_MIGRATE_BEGIN3_PARAMS")
+async def _begin3_params(session: Session, arguments: p.DomainMigrateBegin3Params) -> p.MigrateBeginReply:
+    given = _text(arguments.params, "destination_xml")
+    return p.MigrateBeginReply(*await moves.begin(session, _host(session), _uuid(arguments.dom), given))
+
+
+@_changes("DOMAIN_MIGRATE_PREPARE3_PARAMS")
+async def _prepare3_params(
+    session: Session, arguments: p.DomainMigratePrepare3Params
+) -> p.MigratePrepareReply:
+    name, definition = (_text(arguments.params, each) for each in ("destination_name", "destination_xml"))
+    shown, address = await moves.prepare(session, _host(session), name, definition, arguments.cookie_in)
+    return p.MigratePrepareReply(shown, _text(arguments.params, "migrate_uri") or address)
+
+
+@_changes("DOMAIN_MIGRATE_PERFORM3_PARAMS")
+async def _perform3_params(session: Session, arguments: p.DomainMigratePerform3Params) -> p.CookieReply:
+    return await _performed(
+        session, arguments.dom, arguments.dconnuri, arguments.cookie_in, arguments.flags, arguments.params
+    )
+
+
+@_changes("DOMAIN_MIGRATE_FINISH3_PARAMS")
+async def _finish3_params(session: Session, arguments: p.DomainMigrateFinish3Params) -> p.MigrateFinishReply:
+    name = _text(arguments.params, "destination_name")
+    if name is None:
+        raise WireFault(Code.INVALID_ARG, "invalid argument: no destination_name")
+    domain = await moves.finish(
+        session, _host(session), name, arguments.cookie_in, cancelled=arguments.cancelled != 0
+    )
+    return p.MigrateFinishReply((await _told(session, domain)).dom, moves.cookie())

@@ -1,0 +1,212 @@
+"""``ferrymand``: listens, and serves each client by a session of its own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import stat
+import struct
+import sys
+from contextlib import AsyncExitStack
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.abc
+
+from ferryman.errors import FerrymanError
+from ferryman.registry import DRIVERS
+from ferryman.uri import ConnectionURI
+from ferryman_remote.daemon.config import Config, ConfigError, default_path, read_config, split_address
+from ferryman_remote.daemon.hosts import Hosts
+from ferryman_remote.daemon.session import serve
+from ferryman_remote.transports import socket_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import SocketStream
+
+_log = logging.getLogger("ferrymand")
+
+_PEER_CREDENTIALS = struct.Struct("3i")
+
+
+class Daemon:
+    """The listeners, the clients and the hosts of one process.
+
+    :ivar addresses: that it listens on, for messages and tests.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.addresses: list[str] = []
+        self._clients = 0
+        self._tcp: tuple[str, int] | None = None
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve until cancelled; open hosts are closed then, and guests and migrations go on or wait.
+
+        :param ready: called once everything listens.
+        :raises ConfigError: an address cannot be listened on.
+        """
+        async with AsyncExitStack() as stack:
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            hosts = Hosts(
+                tasks, self._address, default=self.config.default_uri, features=self.config.features
+            )
+            for scheme in self.config.schemes or _installed_schemes():
+                for read_only in (False, True):
+                    path = Path(self.config.socket_directory) / socket_name(scheme, read_only=read_only)
+                    listener = await _listen_unix(path, read_only=read_only)
+                    stack.callback(path.unlink, missing_ok=True)
+                    tasks.start_soon(listener.serve, partial(self._serve_unix, hosts, read_only=read_only))
+                    self.addresses.append(f"unix:{path}")
+            if self.config.tcp_listen:
+                host, port = split_address(self.config.tcp_listen, "tcp_listen")
+                try:
+                    on_tcp = await anyio.create_tcp_listener(local_host=host, local_port=port)
+                except OSError as error:
+                    raise ConfigError(f"{self.config.tcp_listen} cannot be listened on: {error}") from error
+                port = on_tcp.extra(anyio.abc.SocketAttribute.local_port)
+                self._tcp = (host, port)
+                tasks.start_soon(on_tcp.serve, partial(self._serve_tcp, hosts))
+                self.addresses.append(f"tcp:{host}:{port}")
+            ready()
+            await anyio.sleep_forever()
+
+    def _address(self, uri: ConnectionURI) -> str | None:
+        """By which other hosts reach a host of this daemon; None where they cannot."""
+        if self.config.address:
+            asked = ConnectionURI.parse(self.config.address)
+            transport, host, port = asked.scheme, asked.host, asked.port
+        elif self._tcp is not None:
+            transport, (host, port) = "tcp", self._tcp
+            if host in ("0.0.0.0", "::"):  # noqa: S104 - it is compared, and not bound
+                host = socket.gethostname()
+        else:
+            return None
+        return ConnectionURI(
+            scheme=uri.scheme, transport=transport, host=host, port=port, path=uri.path, params=uri.params
+        ).render()
+
+    async def _serve_unix(self, hosts: Hosts, stream: SocketStream, *, read_only: bool) -> None:
+        raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+        found = raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        pid, uid, _ = _PEER_CREDENTIALS.unpack(found)
+        if not read_only and uid not in (0, os.geteuid()):
+            _log.warning("user %d, process %d, may not change anything here: refused", uid, pid)
+            await stream.aclose()
+            return
+        await self._serve(hosts, stream, f"user {uid}, process {pid}", read_only=read_only, secure=True)
+
+    async def _serve_tcp(self, hosts: Hosts, stream: SocketStream) -> None:
+        raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        host, port = raw.getpeername()[:2]
+        await self._serve(hosts, stream, f"{host} port {port}", read_only=False, secure=False)
+
+    async def _serve(
+        self, hosts: Hosts, stream: SocketStream, who: str, *, read_only: bool, secure: bool
+    ) -> None:
+        if self._clients >= self.config.clients:
+            _log.warning("%s is one client more than %d: refused", who, self.config.clients)
+            await stream.aclose()
+            return
+        self._clients += 1
+        try:
+            await serve(stream, hosts, self.config.limits, who=who, read_only=read_only, secure=secure)
+        except Exception:  # noqa: BLE001 - one client's failure is nobody else's
+            _log.exception("serving %s failed", who)
+        finally:
+            self._clients -= 1
+
+
+def _installed_schemes() -> list[str]:
+    return sorted({entry.name for entry in metadata.entry_points(group=DRIVERS)})
+
+
+async def _listen_unix(path: Path, *, read_only: bool) -> anyio.abc.SocketListener:
+    """Listen at a path; a socket that a daemon left behind is replaced.
+
+    :raises ConfigError: somebody listens there, or it cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755 if os.geteuid() == 0 else 0o700)
+    if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        try:
+            async with await anyio.connect_unix(path):
+                raise ConfigError(f"another daemon listens at {path}: end it, or set socket_directory")
+        except OSError:
+            path.unlink(missing_ok=True)
+    try:
+        return await anyio.create_unix_listener(path, mode=0o666 if read_only else 0o600)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be listened on: {error}") from error
+
+
+async def run(config: Config) -> None:
+    """Serve until a signal asks to end."""
+    daemon = Daemon(config)
+
+    def ready() -> None:
+        _log.info("listening on %s", ", ".join(daemon.addresses))
+        _notify(f"READY=1\nSTATUS=listening on {', '.join(daemon.addresses)}")
+
+    async with anyio.create_task_group() as tasks:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            tasks.start_soon(daemon.run, ready)
+            async for received in signals:
+                _log.info("ending after %s", received.name)
+                _notify("STOPPING=1")
+                tasks.cancel_scope.cancel()
+                break
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, where it listens. Source: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect("\0" + path[1:] if path.startswith("@") else path)
+        notify.send(state.encode())
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the daemon."""
+    parser = argparse.ArgumentParser(
+        prog="ferrymand", description="Serve Ferryman's drivers to libvirt's clients and to other hosts."
+    )
+    parser.add_argument("--config", type=Path, help=f"TOML file; default: {default_path()} where it is there")
+    parser.add_argument(
+        "--version", action="version", version=f"ferrymand {metadata.version('ferryman-remote')}"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        path = arguments.config or default_path()
+        text = path.read_text() if arguments.config is not None or path.exists() else ""
+        config = read_config(text)
+        logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+        anyio.run(run, config)
+    except (FerrymanError, OSError, ValueError, ExceptionGroup) as error:
+        first = _first(error)
+        if not isinstance(first, (FerrymanError, OSError, ValueError)):
+            raise
+        sys.stderr.write(f"ferrymand: {first}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

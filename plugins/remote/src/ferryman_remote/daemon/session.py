@@ -1,0 +1,343 @@
+"""One client of the daemon: its calls, which run beside each other, and the events that it asked for."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ferryman.engine import HostEnd
+from ferryman.errors import FerrymanError, HostBusyError, NotSupportedError
+from ferryman.hookspecs import DriverHooks, hook_names
+from ferryman.types import DomainUUID
+from ferryman_remote import ferry
+from ferryman_remote.daemon.errors import Code, Of, WireFault, fault, told, told_to_ferryman
+from ferryman_remote.link import Link
+from ferryman_remote.protocol import PROCEDURES, REMOTE_PROGRAM, RemoteError, Void
+from ferryman_remote.values import ValueFormError, dump, hints_of, load
+from ferryman_remote.wire import MAX_MESSAGE_BYTES, Packet, PacketType, Status
+from ferryman_remote.xdr import XDRError, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from anyio.abc import ByteStream, TaskGroup
+
+    from ferryman.types import DomainEvent, TransferStatistics
+    from ferryman_remote.daemon.hosts import Hosts, ServedHost
+
+    Answer = Callable[["Session", Any], Awaitable[Any]]
+
+_log = logging.getLogger(__name__)
+
+_END_METHODS = frozenset(
+    {
+        "begin",
+        "expect",
+        "prepare",
+        "perform",
+        "decide",
+        "confirm",
+        "inquire",
+        "switch",
+        "mend",
+        "give_up",
+        "tune",
+        "renew",
+        "resolve",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What a client wants to hear.
+
+    :param event_id: libvirt's number of the kind of event.
+    :param uuid: of the one domain that it is about; None is every one.
+    """
+
+    event_id: int
+    uuid: DomainUUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may use.
+
+    :param calls: that run at a time; a client that has as many is read again when one of them is answered.
+    :param message_bytes: of one message.
+    """
+
+    calls: int = 32
+    message_bytes: int = MAX_MESSAGE_BYTES
+    keepalive_s: float = 5.0
+    keepalive_count: int = 5
+
+
+@dataclass(eq=False)
+class Session:
+    """One client.
+
+    :ivar host: what it has opened; None before.
+    :ivar read_only: it may change nothing.
+    :ivar listeners: by the number that the client knows them by; -1 - event_id where it registered without one.
+    """
+
+    link: Link
+    hosts: Hosts
+    limits: Limits
+    who: str
+    read_only: bool = False
+    secure: bool = False
+    """Nobody else can read what it says."""
+    host: ServedHost | None = None
+    uri: str = ""
+    listeners: dict[int, Listener] = field(default_factory=dict)
+    tells_closing: bool = False
+    leaves: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """What is done when the client is gone."""
+    awaited: dict[str, tuple[DomainUUID, bool]] = field(default_factory=dict)
+    """Guests that it has announced here, by the name that they will have."""
+    ferryman: bool = False
+    """It speaks Ferryman's program, and hears of every event in its words."""
+
+    def __post_init__(self) -> None:
+        self._calls: dict[int, anyio.CancelScope] = {}
+        self._room = anyio.Semaphore(self.limits.calls)
+        self._next_listener = 0
+
+    async def run(self) -> None:
+        """Serve the client until its connection ends; then what it began is cancelled, and what it left is removed."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                await self.link.run(partial(self._take, tasks))
+                tasks.cancel_scope.cancel()
+        finally:
+            if self.host is not None and self._hear in self.host.listeners:
+                self.host.listeners.remove(self._hear)
+            with anyio.CancelScope(shield=True):
+                for leave in self.leaves:
+                    try:
+                        await leave()
+                    except FerrymanError as error:
+                        _log.warning("what %s left could not be cleaned up: %s", self.who, error)
+            if self.link.reason:
+                _log.info("%s: %s", self.who, self.link.reason)
+
+    # Calls
+
+    async def _take(self, tasks: TaskGroup, packet: Packet) -> None:
+        if packet.type is not PacketType.CALL:
+            if packet.type is PacketType.STREAM:
+                self._refuse(packet, Code.NO_SUPPORT, "this daemon has no streams of that call")
+            else:
+                self.link.cut(f"a packet of type {packet.type.name}, which no client sends")
+            return
+        if packet.version != 1 or packet.program not in (REMOTE_PROGRAM, ferry.PROGRAM):
+            self._refuse(packet, Code.RPC, f"Cannot find program {packet.program} version {packet.version}")
+            return
+        if (packet.program, packet.procedure) == (ferry.PROGRAM, ferry.Number.CANCEL):
+            self._cancel(packet)
+            return
+        if packet.serial in self._calls:
+            self.link.cut(f"serial {packet.serial} is that of a call which is not answered yet")
+            return
+        await self._room.acquire()
+        scope = self._calls[packet.serial] = anyio.CancelScope()
+        tasks.start_soon(self._run_call, packet, scope)
+
+    async def _run_call(self, packet: Packet, scope: anyio.CancelScope) -> None:
+        try:
+            with scope:
+                if packet.program == ferry.PROGRAM:
+                    await self._answer_ferryman(packet)
+                else:
+                    await self._answer_libvirt(packet)
+            if scope.cancelled_caught:
+                self._refuse(packet, Code.OPERATION_ABORTED, "the call was cancelled")
+        except Exception:  # noqa: BLE001 - a defect of ours answers one call, and ends neither this client nor others
+            _log.exception("call %d of %s failed", packet.procedure, self.who)
+            self._refuse(packet, Code.INTERNAL, "internal error: the daemon's log says more")
+        finally:
+            del self._calls[packet.serial]
+            self._room.release()
+
+    async def _answer_libvirt(self, packet: Packet) -> None:
+        from ferryman_remote.daemon.calls import ANSWERS, CLOSE
+
+        answer = ANSWERS.get(packet.procedure)
+        try:
+            if answer is None:
+                raise WireFault(Code.RPC, f"unknown procedure: {packet.procedure}", Of.RPC)
+            procedure = PROCEDURES[packet.procedure]
+            if answer.needs_host and self.host is None:
+                raise WireFault(Code.INTERNAL, "hypervisor connection not open", Of.RPC)
+            if answer.writes and self.read_only:
+                raise WireFault(
+                    Code.OPERATION_DENIED,
+                    f"operation forbidden: read only access prevents {answer.name}",
+                    Of.DOMAIN,
+                )
+            try:
+                arguments = decode(procedure.arguments, packet.payload)
+            except XDRError as error:
+                raise WireFault(Code.RPC, f"Unable to decode message payload: {error}", Of.RPC) from error
+            result = await answer.call(self, arguments)
+            self._reply(packet, Void() if result is None else result)
+        except WireFault as error:
+            self._reply_error(packet, fault(error))
+        except FerrymanError as error:
+            self._reply_error(packet, told(error))
+        if packet.procedure == CLOSE:
+            self.link.finish()
+
+    def _reply(self, packet: Packet, result: tuple[Any, ...]) -> None:
+        payload = encode(result) if result else b""
+        self.link.send(packet._replace(type=PacketType.REPLY, payload=payload))
+
+    def _reply_error(self, packet: Packet, error: RemoteError) -> None:
+        self.link.send(
+            packet._replace(type=PacketType.REPLY, status=Status.ERROR, payload=encode(error), descriptors=0)
+        )
+
+    def _refuse(self, packet: Packet, code: Code, message: str) -> None:
+        self._reply_error(packet, fault(WireFault(code, message, Of.RPC)))
+
+    # Ferryman's program
+
+    async def _answer_ferryman(self, packet: Packet) -> None:
+        try:
+            self._reply(packet, await self._ferryman(packet))
+        except FerrymanError as error:
+            self._reply_error(packet, told_to_ferryman(error))
+        except (XDRError, ValueFormError) as error:
+            self._refuse(packet, Code.RPC, f"Unable to decode message payload: {error}")
+
+    async def _ferryman(self, packet: Packet) -> tuple[Any, ...]:
+        if packet.procedure == ferry.Number.OPEN:
+            opening = decode(ferry.Open, packet.payload)
+            await self.open(opening.uri)
+            assert self.host is not None
+            self.ferryman = True
+            connection = self.host.connection
+            hooks = tuple(
+                name
+                for name in hook_names(DriverHooks)
+                if connection.hooks.has(name) and ferry.forwarded(name)
+            )
+            return ferry.OpenReply(connection.hooks.distribution, connection.address, hooks)
+        if packet.procedure not in (ferry.Number.HOOK, ferry.Number.HOST):
+            raise NotSupportedError(f"Ferryman's program has no procedure {packet.procedure} here")
+        if self.host is None:
+            raise NotSupportedError("no host is open: OPEN is the first call")
+        call = decode(ferry.Call, packet.payload)
+        if packet.procedure == ferry.Number.HOOK:
+            return ferry.CallReply(dump(await self._hook(call)))
+        return ferry.CallReply(dump(await self._end(call, packet.serial)))
+
+    async def _hook(self, call: ferry.Call) -> object:
+        assert self.host is not None
+        connection = self.host.connection
+        if not ferry.forwarded(call.name) or call.name not in hook_names(DriverHooks):
+            raise NotSupportedError(f"there is no hook {call.name:.60} to call")
+        hints = hints_of(getattr(DriverHooks, call.name))
+        admit = {"admit": connection.host.require_free} if call.name == "domain_restore" else {}
+        request = load(hints["request"], call.arguments, **admit)
+        if call.name not in ferry.READS:
+            self.may_change(call.name)
+            await connection.acquire()
+            # What is suspended while it is migrated goes on where it ends up.
+            if call.name != "domain_suspend" and hasattr(request, "uuid") and hasattr(request, "name"):
+                connection.host.require_free(request.uuid, request.name)
+        returned = hints["return"]
+        expects = object if returned is object else returned if isinstance(returned, type) else object
+        return await connection.hooks.call(call.name, request, expects)
+
+    async def _end(self, call: ferry.Call, serial: int) -> object:
+        assert self.host is not None
+        if call.name not in _END_METHODS:
+            raise NotSupportedError(f"there is no method {call.name:.60} to call")
+        self.may_change(call.name)
+        hints = hints_of(getattr(HostEnd, call.name))
+        found = load(dict[str, object], call.arguments)
+        unknown = sorted(found.keys() - hints.keys())
+        if unknown:
+            raise ValueFormError(f"{call.name} takes no {unknown[0]!r:.60}")
+        arguments = {name: load(hints[name], dump(value)) for name, value in found.items()}
+        if call.name == "perform":
+            arguments["progress"] = partial(self._sample, serial)
+        try:
+            return await getattr(self.host.connection.host, call.name)(**arguments)
+        except TypeError as error:
+            raise ValueFormError(f"{call.name}: {error}") from error
+
+    def _sample(self, serial: int, statistics: TransferStatistics) -> None:
+        self._tell(ferry.PROGRAM, ferry.Number.PROGRESS, ferry.Progress(serial, dump(statistics)))
+
+    def _cancel(self, packet: Packet) -> None:
+        try:
+            scope = self._calls.get(decode(ferry.Cancel, packet.payload).serial)
+        except XDRError as error:
+            self._refuse(packet, Code.RPC, f"Unable to decode message payload: {error}")
+            return
+        if scope is not None:
+            scope.cancel()
+        self._reply(packet, Void())
+
+    # What it may do, and hears
+
+    def may_change(self, what: str) -> None:
+        """Refuse a change to a client that only reads."""
+        if self.read_only:
+            raise HostBusyError(f"this connection is read-only, and {what} changes something")
+
+    async def open(self, uri: str) -> None:
+        """Open a host for this client."""
+        if self.host is not None:
+            raise WireFault(Code.INTERNAL, "connection already open", Of.RPC)
+        self.host = await self.hosts.get(uri)
+        self.uri = uri
+        self.host.listeners.append(self._hear)
+
+    def listen(self, listener: Listener) -> int:
+        """Hear of a kind of event; returns the number of the registration."""
+        self._next_listener += 1
+        self.listeners[self._next_listener] = listener
+        return self._next_listener
+
+    def _hear(self, event: DomainEvent) -> None:
+        from ferryman_remote.daemon.events import packets_of
+
+        assert self.host is not None
+        if self.ferryman:
+            self._tell(ferry.PROGRAM, ferry.Number.EVENT, ferry.Happened(dump(event)))
+        for callback, listener in self.listeners.items():
+            if listener.uuid is not None and listener.uuid != event.uuid:
+                continue
+            for number, message in packets_of(
+                event, listener.event_id, callback, self.host.known_id(event.uuid)
+            ):
+                self._tell(REMOTE_PROGRAM, number, message)
+
+    def _tell(self, program: int, number: int, message: tuple[Any, ...]) -> None:
+        self.link.send(Packet(program, 1, number, PacketType.EVENT, 0, payload=encode(message)))
+
+
+async def serve(
+    stream: ByteStream,
+    hosts: Hosts,
+    limits: Limits,
+    *,
+    who: str,
+    read_only: bool = False,
+    secure: bool = False,
+) -> None:
+    """Serve one client, and end with it."""
+    link = Link(stream, name=who, limit=limits.message_bytes)
+    session = Session(link=link, hosts=hosts, limits=limits, who=who, read_only=read_only, secure=secure)
+    _log.debug("%s connected", who)
+    await session.run()

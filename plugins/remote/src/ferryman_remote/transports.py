@@ -1,0 +1,53 @@
+"""Byte streams to a daemon, by the transport of a connection URI."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ferryman.errors import ConnectError, NotSupportedError
+
+if TYPE_CHECKING:
+    from anyio.abc import ByteStream
+
+    from ferryman.uri import ConnectionURI
+
+TCP_PORT = 16509
+
+
+def runtime_directory() -> Path:
+    """Where the sockets of this user's daemons lie; libvirt's clients look there too."""
+    if os.geteuid() == 0:
+        return Path("/run/libvirt")
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "libvirt"
+
+
+def socket_name(scheme: str, *, read_only: bool = False) -> str:
+    """The name by which libvirt's clients find the daemon of a scheme."""
+    return f"virt{scheme}d-sock{'-ro' if read_only else ''}"
+
+
+async def connect_stream(uri: ConnectionURI) -> ByteStream:
+    """Connect.
+
+    :raises OSError: nothing listens there. :raises NotSupportedError: the transport is not served.
+    :raises ConnectError: the URI lacks what its transport needs.
+    """
+    match uri.transport:
+        case "tcp":
+            if not uri.host:
+                raise ConnectError(f"{uri} names no host")
+            stream = await anyio.connect_tcp(uri.host, uri.port or TCP_PORT)
+            stream.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )
+            return stream
+        case "unix":
+            path = uri.param("socket") or str(runtime_directory() / socket_name(uri.scheme))
+            return await anyio.connect_unix(path)
+        case _:
+            raise NotSupportedError(f"the transport {uri.transport} is not served yet")
