@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
 import ferryman
 from ferryman import MigrationOptions
-from tests.daemons import EVERYTHING, daemons, need_virsh, virsh, virsh_tried
-from tests.qemu import NAME, Field
+from tests.daemons import EVERYTHING, Daemon, daemon, daemons, need_virsh, virsh, virsh_tried
+from tests.qemu import NAME, PROMPT_S, Field, settled
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +128,189 @@ async def test_our_client_has_the_api_of_a_local_one(field: Field) -> None:
             assert await source.list_domains() == []
             await moved.destroy()
     field.assert_unbroken(crossings=1)
+
+
+class Migrating:
+    """A `virsh migrate` that runs, slowly enough for what is done to it."""
+
+    def __init__(self, uris: tuple[str, str], *options: str) -> None:
+        self.process = subprocess.Popen(
+            ["virsh", "-c", uris[0], "migrate", "--live", "--bandwidth", "1", *options, NAME, uris[1]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        # It is under way when something has been sent.
+        for _ in range(int(PROMPT_S / 0.1)):
+            if "Data processed:" in virsh_tried(uris[0], "domjobinfo", NAME).stdout:
+                return
+            time.sleep(0.1)
+        raise AssertionError(self.process.communicate(timeout=PROMPT_S))
+
+    def ended(self) -> tuple[int, str]:
+        """Exit status, and what it said of its failure."""
+        _, told = self.process.communicate(timeout=PROMPT_S)
+        return self.process.returncode, told
+
+
+@contextmanager
+def running(field: Field, **config: object) -> Iterator[tuple[Daemon, Daemon, tuple[str, str]]]:
+    """Two daemons, and a guest that runs at the first."""
+    with daemons(field, **config) as (a, b):
+        uris = a.uri(field.roots[0]), b.uri(field.roots[1])
+        path = field.directory / "definition.xml"
+        path.write_text(field.definition)
+        virsh(uris[0], "create", str(path))
+        field.wait_ticks(20)
+        yield a, b, uris
+
+
+async def at_the_source(field: Field) -> None:
+    """See that the guest runs at the source and nothing is open at either host, and end it; the daemons are gone."""
+    async with ferryman.connect(field.uris[0]) as a, ferryman.connect(field.uris[1]) as b:
+        await settled(a, b)
+        assert await b.list_domains() == []
+        domain = await a.lookup_by_name(NAME)
+        await anyio.to_thread.run_sync(field.wait_ticks, 20)
+        await domain.destroy()
+    field.assert_unbroken(crossings=0)
+
+
+@pytest.mark.parametrize("protocol", ["v1", "v2", "params"])
+async def test_a_job_is_watched_tuned_and_aborted(field: Field, protocol: str) -> None:
+    with running(field, migration_protocols=[protocol]) as (_a, _b, uris):
+        migrating = Migrating(uris)
+        virsh(uris[0], "migrate-setmaxdowntime", NAME, "50")
+        assert virsh(uris[0], "migrate-getmaxdowntime", NAME).strip() == "50"
+        virsh(uris[0], "migrate-setspeed", NAME, "2")
+        assert virsh(uris[0], "migrate-getspeed", NAME).strip() == "2"
+        done = virsh_tried(uris[0], "destroy", NAME)
+        assert "is open here" in done.stderr
+        virsh(uris[0], "domjobabort", NAME)
+        status, told = migrating.ended()
+        assert status == 1
+        assert "aborted on request" in told
+        done = virsh_tried(uris[0], "domjobabort", NAME)
+        assert "no job is active" in done.stderr
+    await at_the_source(field)
+
+
+async def test_virsh_is_killed(field: Field) -> None:
+    with running(field) as (_a, b, uris):
+        migrating = Migrating(uris)
+        migrating.process.kill()
+        migrating.ended()
+        field.wait_ticks(20)
+        for _ in range(int(PROMPT_S / 0.1)):
+            if "Data processed:" not in virsh(uris[0], "domjobinfo", NAME):
+                break
+            time.sleep(0.1)
+        assert virsh(uris[1], "list", "--all") == ""
+        assert b.process.poll() is None
+    await at_the_source(field)
+
+
+@pytest.mark.parametrize("whose", ["source", "destination"])
+async def test_a_daemon_is_killed_in_the_transfer(field: Field, whose: str) -> None:
+    with running(field) as (a, b, uris):
+        migrating = Migrating(uris)
+        (a if whose == "source" else b).kill()
+        status, _told = migrating.ended()
+        assert status == 1
+        field.wait_ticks(20)
+    await at_the_source(field)
+
+
+def test_postcopy_on_request(field: Field) -> None:
+    with running(field) as (_a, _b, uris):
+        migrating = Migrating(uris, "--postcopy", "--postcopy-bandwidth", "50")
+        virsh(uris[0], "migrate-postcopy", NAME)
+        status, told = migrating.ended()
+        assert status == 0, told
+        field.wait_ticks(20)
+        assert virsh(uris[0], "list", "--all") == ""
+        virsh(uris[1], "destroy", NAME)
+    field.assert_unbroken(crossings=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--suspend",),
+        ("--dname", "moved"),
+        ("--parallel", "--parallel-connections", "3"),
+        ("--timeout", "1", "--timeout-suspend", "--bandwidth", "4"),
+        ("--auto-converge",),
+        ("--compressed", "--comp-methods", "xbzrle"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_of_virsh(field: Field, options: tuple[str, ...]) -> None:
+    with running(field) as (_a, _b, uris):
+        virsh(uris[0], "migrate", "--live", *options, NAME, uris[1])
+        name = "moved" if "--dname" in options else NAME
+        if "--suspend" in options:
+            assert virsh(uris[1], "domstate", name).strip() == "paused"
+            virsh(uris[1], "resume", name)
+        field.wait_ticks(20)
+        virsh(uris[1], "destroy", name)
+    field.assert_unbroken(crossings=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tunnelled", "--p2p"), "--tunnelled is not served"),
+        (("--abort-on-error",), "--abort-on-error is not served"),
+        (("--disks-port", "1234"), "disks_port is not served"),
+        (("--migrateuri", "rdma://127.0.0.1:1"), "rdma"),
+        (("--comp-methods", "mt"), "compression is not served"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+async def test_what_is_not_served_is_refused_before_anything_moves(
+    field: Field, options: tuple[str, ...], words: str
+) -> None:
+    with running(field) as (_a, _b, uris):
+        done = virsh_tried(uris[0], "migrate", "--live", *options, NAME, uris[1])
+        assert done.returncode == 1
+        assert words in done.stderr
+    await at_the_source(field)
+
+
+async def test_a_destination_that_others_cannot_ask_is_refused(field: Field) -> None:
+    with running(field) as (_a, _b, uris), daemon(field.directory / "daemon-c", tcp_listen="") as c:
+        done = virsh_tried(uris[0], "migrate", "--live", NAME, c.uri(field.roots[1], transport="unix"))
+        assert "set its address" in done.stderr
+    await at_the_source(field)
+
+
+def test_events(field: Field) -> None:
+    with running(field) as (_a, _b, uris):
+        with subprocess.Popen(
+            ["virsh", "-c", uris[0], "event", "--event", "lifecycle", "--loop", "--timeout", "30"],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as listening:
+            assert listening.stdout is not None
+            # It says nothing when it listens, so something is done until it tells of it.
+            told = b""
+            os.set_blocking(listening.stdout.fileno(), False)
+            for _ in range(100):
+                virsh(uris[0], "suspend", NAME)
+                virsh(uris[0], "resume", NAME)
+                told += os.read(listening.stdout.fileno(), 65536) if _ready(listening.stdout.fileno()) else b""
+                if b"Resumed" in told:
+                    break
+            assert b"event 'lifecycle' for domain 'counter': Suspended Paused" in told
+            virsh(uris[0], "destroy", NAME)
+            while b"Stopped" not in told:
+                assert select.select([listening.stdout], [], [], PROMPT_S)[0]
+                told += os.read(listening.stdout.fileno(), 65536)
+            assert b"Stopped Destroyed" in told
+            listening.send_signal(signal.SIGINT)
+
+
+def _ready(descriptor: int) -> bool:
+    return bool(select.select([descriptor], [], [], 0.2)[0])

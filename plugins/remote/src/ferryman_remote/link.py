@@ -41,6 +41,8 @@ class Link:
         self._last = False
         self._scope = anyio.CancelScope()
         self._heard_at = 0.0
+        self._taking = False
+        """What has come is not taken yet, so nothing is read, and silence is nobody's fault but ours."""
         self._to_watch = anyio.Event()
         self._interval_s: float | None = None
         self._count = 0
@@ -111,7 +113,10 @@ class Link:
                         if packet.procedure == _PING:
                             self._signal(_PONG)
                         continue
+                    self._taking = True
                     await take(packet)
+                    self._taking = False
+                    self._heard_at = anyio.current_time()
         except anyio.EndOfStream:
             if self._reader.waiting_bytes:
                 self.reason = self.reason or "the peer closed the connection within a message"
@@ -140,7 +145,7 @@ class Link:
             if self._interval_s is None:
                 await self._to_watch.wait()
                 continue
-            silent_s = anyio.current_time() - self._heard_at
+            silent_s = 0.0 if self._taking else anyio.current_time() - self._heard_at
             if silent_s < self._interval_s:
                 unanswered = 0
                 await anyio.sleep(self._interval_s - silent_s)

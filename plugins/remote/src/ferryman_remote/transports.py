@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
-
 from ferryman.errors import ConnectError, NotSupportedError
+from ferryman_remote.sockets import connect_tcp, connect_unix
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
@@ -41,13 +39,9 @@ async def connect_stream(uri: ConnectionURI) -> ByteStream:
         case "tcp":
             if not uri.host:
                 raise ConnectError(f"{uri} names no host")
-            stream = await anyio.connect_tcp(uri.host, uri.port or TCP_PORT)
-            stream.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-            )
-            return stream
+            return await connect_tcp(uri.host, uri.port or TCP_PORT)
         case "unix":
             path = uri.param("socket") or str(runtime_directory() / socket_name(uri.scheme))
-            return await anyio.connect_unix(path)
+            return await connect_unix(path)
         case _:
             raise NotSupportedError(f"the transport {uri.transport} is not served yet")

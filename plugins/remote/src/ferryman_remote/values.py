@@ -205,12 +205,9 @@ def _leaves(of: type[FerrymanError]) -> dict[str, type[FerrymanError]]:
 
 def dump_error(error: FerrymanError) -> tuple[str, bytes]:
     """An error's code, and what its class needs besides the message."""
-    names = [
-        name
-        for name in inspect.signature(type(error)).parameters
-        if name not in ("message", "args", "kwargs")
-    ]
-    return error.code, dump({name: getattr(error, name) for name in names})
+    made_by = type(error).__init__
+    names = inspect.signature(made_by).parameters if inspect.isfunction(made_by) else ()
+    return error.code, dump({name: getattr(error, name) for name in names if name not in ("self", "message")})
 
 
 def load_error(message: str, code: str, data: bytes) -> FerrymanError:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ferryman.errors import FerrymanError
 from ferryman_remote.daemon.session import Limits
 from ferryman_remote.transports import TCP_PORT, runtime_directory
 from ferryman_remote.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
@@ -22,10 +21,8 @@ _P2P = 4
 _TYPED_STRINGS = 9
 
 
-class ConfigError(FerrymanError):
+class ConfigError(ValueError):
     """The configuration cannot be used."""
-
-    code = "config-invalid"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +32,7 @@ class Config:
     :param schemes: whose sockets libvirt's clients find by themselves; empty is those of every installed driver.
     :param socket_directory: where they lie.
     :param default_uri: the host of clients that name none.
+    :param hosts: that are opened at the start, so that what an earlier daemon left open there is settled.
     :param address: ``tcp://host:port`` by which other hosts reach this daemon; '' is that of the TCP listener.
     :param tcp_listen: ``host:port``, or '' for none.
     :param tcp_without_encryption: who can reach the TCP listener can do everything, and read everything.
@@ -45,6 +43,7 @@ class Config:
     schemes: tuple[str, ...] = ()
     socket_directory: str = field(default_factory=lambda: str(runtime_directory()))
     default_uri: str = "qemu:///system"
+    hosts: tuple[str, ...] = ()
     address: str = ""
     tcp_listen: str = ""
     tcp_without_encryption: bool = False
@@ -53,6 +52,8 @@ class Config:
     clients: int = 5000
     calls_per_client: int = 32
     message_bytes: int = MAX_MESSAGE_BYTES
+    opening_s: float = 30.0
+    listeners_per_client: int = 1024
     keepalive_s: float = 5.0
     keepalive_count: int = 5
     log_level: str = "INFO"
@@ -72,6 +73,8 @@ class Config:
             ("clients", 1, 1_000_000),
             ("calls_per_client", 1, 10_000),
             ("message_bytes", HEADER_BYTES, MAX_MESSAGE_BYTES),
+            ("opening_s", 0.1, 3600),
+            ("listeners_per_client", 1, 1_000_000),
             ("keepalive_s", 0.1, 3600),
             ("keepalive_count", 1, 1000),
         ):
@@ -84,6 +87,8 @@ class Config:
         return Limits(
             calls=self.calls_per_client,
             message_bytes=self.message_bytes,
+            opening_s=self.opening_s,
+            listeners=self.listeners_per_client,
             keepalive_s=self.keepalive_s,
             keepalive_count=self.keepalive_count,
         )

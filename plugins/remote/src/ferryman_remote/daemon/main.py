@@ -25,12 +25,11 @@ from ferryman.uri import ConnectionURI
 from ferryman_remote.daemon.config import Config, ConfigError, default_path, read_config, split_address
 from ferryman_remote.daemon.hosts import Hosts
 from ferryman_remote.daemon.session import serve
+from ferryman_remote.sockets import PlainStream, accept, connect_unix, listen_tcp, listen_unix
 from ferryman_remote.transports import socket_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from anyio.abc import SocketStream
 
 _log = logging.getLogger("ferrymand")
 
@@ -65,18 +64,22 @@ class Daemon:
                     path = Path(self.config.socket_directory) / socket_name(scheme, read_only=read_only)
                     listener = await _listen_unix(path, read_only=read_only)
                     stack.callback(path.unlink, missing_ok=True)
-                    tasks.start_soon(listener.serve, partial(self._serve_unix, hosts, read_only=read_only))
+                    tasks.start_soon(
+                        accept, listener, partial(self._serve_unix, hosts, read_only=read_only)
+                    )
                     self.addresses.append(f"unix:{path}")
             if self.config.tcp_listen:
                 host, port = split_address(self.config.tcp_listen, "tcp_listen")
                 try:
-                    on_tcp = await anyio.create_tcp_listener(local_host=host, local_port=port)
+                    listener = listen_tcp(host, port)
                 except OSError as error:
                     raise ConfigError(f"{self.config.tcp_listen} cannot be listened on: {error}") from error
-                port = on_tcp.extra(anyio.abc.SocketAttribute.local_port)
+                port = listener.getsockname()[1]
                 self._tcp = (host, port)
-                tasks.start_soon(on_tcp.serve, partial(self._serve_tcp, hosts))
+                tasks.start_soon(accept, listener, partial(self._serve_tcp, hosts))
                 self.addresses.append(f"tcp:{host}:{port}")
+            for uri in self.config.hosts:
+                tasks.start_soon(_open_ahead, hosts, uri)
             ready()
             await anyio.sleep_forever()
 
@@ -95,7 +98,7 @@ class Daemon:
             scheme=uri.scheme, transport=transport, host=host, port=port, path=uri.path, params=uri.params
         ).render()
 
-    async def _serve_unix(self, hosts: Hosts, stream: SocketStream, *, read_only: bool) -> None:
+    async def _serve_unix(self, hosts: Hosts, stream: PlainStream, *, read_only: bool) -> None:
         raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
         found = raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         pid, uid, _ = _PEER_CREDENTIALS.unpack(found)
@@ -105,14 +108,13 @@ class Daemon:
             return
         await self._serve(hosts, stream, f"user {uid}, process {pid}", read_only=read_only, secure=True)
 
-    async def _serve_tcp(self, hosts: Hosts, stream: SocketStream) -> None:
+    async def _serve_tcp(self, hosts: Hosts, stream: PlainStream) -> None:
         raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = raw.getpeername()[:2]
         await self._serve(hosts, stream, f"{host} port {port}", read_only=False, secure=False)
 
     async def _serve(
-        self, hosts: Hosts, stream: SocketStream, who: str, *, read_only: bool, secure: bool
+        self, hosts: Hosts, stream: PlainStream, who: str, *, read_only: bool, secure: bool
     ) -> None:
         if self._clients >= self.config.clients:
             _log.warning("%s is one client more than %d: refused", who, self.config.clients)
@@ -127,11 +129,19 @@ class Daemon:
             self._clients -= 1
 
 
+async def _open_ahead(hosts: Hosts, uri: str) -> None:
+    """Open a host before anybody asks for it; who asks tries again where it fails."""
+    try:
+        await hosts.get(uri)
+    except FerrymanError as error:
+        _log.error("%s cannot be opened: %s", uri, error)
+
+
 def _installed_schemes() -> list[str]:
     return sorted({entry.name for entry in metadata.entry_points(group=DRIVERS)})
 
 
-async def _listen_unix(path: Path, *, read_only: bool) -> anyio.abc.SocketListener:
+async def _listen_unix(path: Path, *, read_only: bool) -> socket.socket:
     """Listen at a path; a socket that a daemon left behind is replaced.
 
     :raises ConfigError: somebody listens there, or it cannot be made.
@@ -139,12 +149,12 @@ async def _listen_unix(path: Path, *, read_only: bool) -> anyio.abc.SocketListen
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755 if os.geteuid() == 0 else 0o700)
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         try:
-            async with await anyio.connect_unix(path):
+            async with await connect_unix(path):
                 raise ConfigError(f"another daemon listens at {path}: end it, or set socket_directory")
         except OSError:
             path.unlink(missing_ok=True)
     try:
-        return await anyio.create_unix_listener(path, mode=0o666 if read_only else 0o600)
+        return listen_unix(path, 0o666 if read_only else 0o600)
     except OSError as error:
         raise ConfigError(f"{path} cannot be listened on: {error}") from error
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_WAITING_PER_CALL = 8
+_OPENING_BYTES = 65_536
 _END_METHODS = frozenset(
     {
         "begin",
@@ -68,12 +70,16 @@ class Listener:
 class Limits:
     """What one client may use.
 
-    :param calls: that run at a time; a client that has as many is read again when one of them is answered.
+    :param calls: that run at a time; more wait, and when very many do, no more is read.
     :param message_bytes: of one message.
+    :param opening_s: for a client to open a host; until then its messages are short.
+    :param listeners: that it registers for events.
     """
 
     calls: int = 32
     message_bytes: int = MAX_MESSAGE_BYTES
+    opening_s: float = 30.0
+    listeners: int = 1024
     keepalive_s: float = 5.0
     keepalive_count: int = 5
 
@@ -108,12 +114,15 @@ class Session:
     def __post_init__(self) -> None:
         self._calls: dict[int, anyio.CancelScope] = {}
         self._room = anyio.Semaphore(self.limits.calls)
+        self._waiting_room = anyio.Semaphore(self.limits.calls * _WAITING_PER_CALL)
+        self._opened = anyio.Event()
         self._next_listener = 0
 
     async def run(self) -> None:
         """Serve the client until its connection ends; then what it began is cancelled, and what it left is removed."""
         try:
             async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch_opening)
                 await self.link.run(partial(self._take, tasks))
                 tasks.cancel_scope.cancel()
         finally:
@@ -127,6 +136,12 @@ class Session:
                         _log.warning("what %s left could not be cleaned up: %s", self.who, error)
             if self.link.reason:
                 _log.info("%s: %s", self.who, self.link.reason)
+
+    async def _watch_opening(self) -> None:
+        with anyio.move_on_after(self.limits.opening_s):
+            await self._opened.wait()
+            return
+        self.link.cut(f"it opened no host within {self.limits.opening_s:g} s")
 
     # Calls
 
@@ -146,17 +161,18 @@ class Session:
         if packet.serial in self._calls:
             self.link.cut(f"serial {packet.serial} is that of a call which is not answered yet")
             return
-        await self._room.acquire()
+        await self._waiting_room.acquire()
         scope = self._calls[packet.serial] = anyio.CancelScope()
         tasks.start_soon(self._run_call, packet, scope)
 
     async def _run_call(self, packet: Packet, scope: anyio.CancelScope) -> None:
         try:
             with scope:
-                if packet.program == ferry.PROGRAM:
-                    await self._answer_ferryman(packet)
-                else:
-                    await self._answer_libvirt(packet)
+                async with self._room:
+                    if packet.program == ferry.PROGRAM:
+                        await self._answer_ferryman(packet)
+                    else:
+                        await self._answer_libvirt(packet)
             if scope.cancelled_caught:
                 self._refuse(packet, Code.OPERATION_ABORTED, "the call was cancelled")
         except Exception:  # noqa: BLE001 - a defect of ours answers one call, and ends neither this client nor others
@@ -164,7 +180,7 @@ class Session:
             self._refuse(packet, Code.INTERNAL, "internal error: the daemon's log says more")
         finally:
             del self._calls[packet.serial]
-            self._room.release()
+            self._waiting_room.release()
 
     async def _answer_libvirt(self, packet: Packet) -> None:
         from ferryman_remote.daemon.calls import ANSWERS, CLOSE
@@ -302,9 +318,16 @@ class Session:
         self.host = await self.hosts.get(uri)
         self.uri = uri
         self.host.listeners.append(self._hear)
+        self.link.limit(self.limits.message_bytes)
+        self._opened.set()
 
     def listen(self, listener: Listener) -> int:
-        """Hear of a kind of event; returns the number of the registration."""
+        """Hear of a kind of event; returns the number of the registration.
+
+        :raises WireFault: it listens to as much as it may.
+        """
+        if len(self.listeners) >= self.limits.listeners:
+            raise WireFault(Code.OPERATION_FAILED, f"a client has at most {self.limits.listeners} listeners")
         self._next_listener += 1
         self.listeners[self._next_listener] = listener
         return self._next_listener
@@ -337,7 +360,7 @@ async def serve(
     secure: bool = False,
 ) -> None:
     """Serve one client, and end with it."""
-    link = Link(stream, name=who, limit=limits.message_bytes)
+    link = Link(stream, name=who, limit=min(limits.message_bytes, _OPENING_BYTES))
     session = Session(link=link, hosts=hosts, limits=limits, who=who, read_only=read_only, secure=secure)
     _log.debug("%s connected", who)
     await session.run()
