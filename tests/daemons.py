@@ -76,13 +76,15 @@ def daemon(directory: Path, **config: object) -> Iterator[Daemon]:
         try:
             status = told.recv(4096).decode()
             assert status.startswith("READY=1\n"), status
-            port = int(status.rpartition(":")[2])
+            port = int(status.rpartition(":")[2]) if settings["tcp_listen"] else 0
             yield Daemon(process=process, port=port, directory=directory, log=log)
         finally:
-            (directory / "notify").unlink()
             if process.poll() is None:
                 process.terminate()
                 process.wait(PROMPT_S)
+            # One that was killed has left its sockets.
+            for sock in [path for path in directory.iterdir() if path.is_socket()]:
+                sock.unlink()
 
 
 def need_virsh() -> None:

@@ -212,13 +212,17 @@ async def test_virsh_is_killed(field: Field) -> None:
 
 
 @pytest.mark.parametrize("whose", ["source", "destination"])
-async def test_a_daemon_is_killed_in_the_transfer(field: Field, whose: str) -> None:
+async def test_a_daemon_is_killed_in_the_transfer_and_another_follows(field: Field, whose: str) -> None:
     with running(field) as (a, b, uris):
         migrating = Migrating(uris)
-        (a if whose == "source" else b).kill()
-        status, _told = migrating.ended()
-        assert status == 1
-        field.wait_ticks(20)
+        killed, uri = (a, field.uris[0]) if whose == "source" else (b, field.uris[1])
+        killed.kill()
+        with daemon(killed.directory / "next", tcp_listen=f"127.0.0.1:{killed.port}", hosts=[uri]):
+            status, _told = migrating.ended()
+            assert status == 1
+            field.wait_ticks(20)
+            assert virsh(uris[0], "domstate", NAME).strip() == "running"
+            assert virsh(uris[1], "list", "--all") == ""
     await at_the_source(field)
 
 
@@ -300,7 +304,9 @@ def test_events(field: Field) -> None:
             for _ in range(100):
                 virsh(uris[0], "suspend", NAME)
                 virsh(uris[0], "resume", NAME)
-                told += os.read(listening.stdout.fileno(), 65536) if _ready(listening.stdout.fileno()) else b""
+                told += (
+                    os.read(listening.stdout.fileno(), 65536) if _ready(listening.stdout.fileno()) else b""
+                )
                 if b"Resumed" in told:
                     break
             assert b"event 'lifecycle' for domain 'counter': Suspended Paused" in told

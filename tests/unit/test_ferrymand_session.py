@@ -94,7 +94,9 @@ class Served:
 
 
 @asynccontextmanager
-async def served(directory: Path, limits: Limits = LIMITS, *, read_only: bool = False) -> AsyncIterator[Served]:
+async def served(
+    directory: Path, limits: Limits = LIMITS, *, read_only: bool = False
+) -> AsyncIterator[Served]:
     place = Served(directory / "socket")
     try:
         async with anyio.create_task_group() as tasks:
@@ -181,7 +183,11 @@ async def test_unknown_and_malformed_calls(tmp_path: Path) -> None:
             packet = Packet(ferry.PROGRAM, 1, number, PacketType.CALL, 1000 + number)
             await client.stream.send(packet.pack())
             assert (await client.error()).code in (3, 39)
-        for name, arguments in (("connection_close", b"{}"), ("migrate_finish", b"{}"), ("domain_list", b"[")):
+        for name, arguments in (
+            ("connection_close", b"{}"),
+            ("migrate_finish", b"{}"),
+            ("domain_list", b"["),
+        ):
             call = encode(ferry.Call(name, arguments))
             await client.stream.send(
                 Packet(ferry.PROGRAM, 1, ferry.Number.HOOK, PacketType.CALL, 2000, payload=call).pack()
@@ -269,5 +275,7 @@ async def test_read_only(tmp_path: Path) -> None:
         await client.ok()
         for number, name in ((ferry.Number.HOOK, "domain_define"), (ferry.Number.HOST, "begin")):
             call = encode(ferry.Call(name, b'{"definition":"<domain/>"}'))
-            await client.stream.send(Packet(ferry.PROGRAM, 1, number, PacketType.CALL, 50, payload=call).pack())
+            await client.stream.send(
+                Packet(ferry.PROGRAM, 1, number, PacketType.CALL, 50, payload=call).pack()
+            )
             assert "read-only" in ((await client.error()).message or "")

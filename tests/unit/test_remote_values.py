@@ -51,7 +51,10 @@ VALUES: list[tuple[Any, Any]] = [
     (DomainInfo, INFO),
     (list[DomainInfo], [INFO, INFO]),
     (MigrationOptions, OPTIONS),
-    (dict[DomainUUID, DomainStatistics], {INFO.uuid: DomainStatistics(state=DomainState.RUNNING, cpu_time_s=0.5)}),
+    (
+        dict[DomainUUID, DomainStatistics],
+        {INFO.uuid: DomainStatistics(state=DomainState.RUNNING, cpu_time_s=0.5)},
+    ),
     (TransferStatistics, TransferStatistics(expected_downtime_ms=math.inf)),
     (bytes, b"\0\xff" * 100),
     (type(None), None),
@@ -72,7 +75,9 @@ def test_every_hook_says_what_travels(hook: str) -> None:
 
 def test_every_method_of_a_hosts_end_says_what_travels() -> None:
     for name, method in inspect.getmembers(HostEnd, inspect.iscoroutinefunction):
-        assert hints_of(method).keys() == inspect.signature(method).parameters.keys() - {"self"} | {"return"}, name
+        assert hints_of(method).keys() == inspect.signature(method).parameters.keys() - {"self"} | {
+            "return"
+        }, name
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists))
@@ -143,7 +148,9 @@ def test_errors_arrive_as_they_were_raised(error: FerrymanError) -> None:
     assert vars(arrived) == vars(error)
 
 
-@pytest.mark.parametrize(("code", "needs"), [("newer", b"{}"), ("domain-not-found", b"{}"), ("uri-invalid", b"[")])
+@pytest.mark.parametrize(
+    ("code", "needs"), [("newer", b"{}"), ("domain-not-found", b"{}"), ("uri-invalid", b"[")]
+)
 def test_errors_that_cannot_be_made_are_still_told(code: str, needs: bytes) -> None:
     arrived = load_error("what happened", code, needs)
     assert type(arrived) is errors.HypervisorError

@@ -286,6 +286,15 @@ class MigrationJob:
             if not self._performed.is_set():
                 raise
 
+    async def suspend(self) -> None:
+        """Pause the guest, so that its memory changes no more and the transfer ends; it runs again where it ends up.
+
+        :raises HypervisorError: it could not be paused, and goes on.
+        """
+        # Not by Domain.suspend(), which leaves alone what a migration has locked.
+        request = DomainRequest(uuid=self.domain.uuid, name=self.domain.name)
+        await self.domain.connection.hooks.call("domain_suspend", request, type(None))
+
     async def _tune(self, tuning: Tuning, feature: Feature) -> None:
         source = self.domain.connection
         if feature not in (await source.capabilities()).features:
@@ -636,9 +645,7 @@ class MigrationJob:
                     self._timed_out = True
                     self.abort()
                 case TimeoutAction.SUSPEND:
-                    # Not by Domain.suspend(), which leaves alone what a migration has locked.
-                    request = DomainRequest(uuid=self.domain.uuid, name=self.domain.name)
-                    await self.domain.connection.hooks.call("domain_suspend", request, type(None))
+                    await self.suspend()
                 case TimeoutAction.POSTCOPY:
                     await self.switch_to_postcopy()
         except FerrymanError as error:

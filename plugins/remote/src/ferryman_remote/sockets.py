@@ -1,7 +1,7 @@
 """Plain sockets as byte streams, connected and accepted, for any event loop.
 
-anyio's own stream over a unix socket makes asyncio report an error where it is cancelled while data comes in; and here a
-read that finds data does not wait for the event loop to say so.
+anyio's own stream over a unix socket makes asyncio report an error where it is cancelled while data comes in; and here
+a read that finds data does not wait for the event loop to say so.
 """
 
 from __future__ import annotations

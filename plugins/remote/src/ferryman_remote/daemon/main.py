@@ -64,9 +64,7 @@ class Daemon:
                     path = Path(self.config.socket_directory) / socket_name(scheme, read_only=read_only)
                     listener = await _listen_unix(path, read_only=read_only)
                     stack.callback(path.unlink, missing_ok=True)
-                    tasks.start_soon(
-                        accept, listener, partial(self._serve_unix, hosts, read_only=read_only)
-                    )
+                    tasks.start_soon(accept, listener, partial(self._serve_unix, hosts, read_only=read_only))
                     self.addresses.append(f"unix:{path}")
             if self.config.tcp_listen:
                 host, port = split_address(self.config.tcp_listen, "tcp_listen")
