@@ -33,7 +33,7 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
 # References into other projects would need their inventories from the network: only our own names are checked.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!ferryman).*"),
-    (r"py:class", r"ferryman\.(registry\.Hooks|engine\.Host)"),
+    (r"py:class", r"ferryman\.(registry\.Hooks|engine\.Host(End)?)"),
 ]
 # The blocking face has the same names as the asynchronous one.
 suppress_warnings = ["ref.python"]
