@@ -35,6 +35,10 @@ class Daemon:
         By name, since libvirt's client keeps the path ``/embed`` for a driver of its own.
         """
         name = quote(f"qemu:///embed?root={quote(str(root))}")
+        if transport == "tls":
+            return (
+                f"qemu+tls://127.0.0.1:{self.port}/?name={name}&pkipath={quote(str(self.directory / 'pki'))}"
+            )
         if transport == "unix":
             return f"qemu+unix:///?name={name}&socket={quote(str(self.directory / 'virtqemud-sock'))}"
         return f"qemu+tcp://127.0.0.1:{self.port}/?name={name}"
@@ -76,7 +80,8 @@ def daemon(directory: Path, **config: object) -> Iterator[Daemon]:
         try:
             status = told.recv(4096).decode()
             assert status.startswith("READY=1\n"), status
-            port = int(status.rpartition(":")[2]) if settings["tcp_listen"] else 0
+            tcp = bool(settings["tcp_listen"] or settings.get("tls_listen"))
+            port = int(status.rpartition(":")[2]) if tcp else 0
             yield Daemon(process=process, port=port, directory=directory, log=log)
         finally:
             if process.poll() is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
@@ -17,7 +19,9 @@ import pytest
 
 import ferryman
 from ferryman import MigrationOptions
+from ferryman.errors import ConnectError
 from tests.daemons import EVERYTHING, Daemon, daemon, daemons, need_virsh, virsh, virsh_tried
+from tests.options.credentials import put_pki
 from tests.qemu import NAME, PROMPT_S, Field, settled
 
 
@@ -288,6 +292,83 @@ async def test_a_destination_that_others_cannot_ask_is_refused(field: Field) -> 
         done = virsh_tried(uris[0], "migrate", "--live", NAME, c.uri(field.roots[1], transport="unix"))
         assert "set its address" in done.stderr
     await at_the_source(field)
+
+
+@contextmanager
+def encrypted(field: Field, *kinds: str, **config: object) -> Iterator[list[Daemon]]:
+    """Daemons that listen on TLS alone, each with credentials of a kind."""
+    with ExitStack() as stack:
+        made = []
+        for number, kind in enumerate(kinds):
+            directory = field.directory / f"daemon-{number}"
+            put_pki(directory / "pki", kind)
+            listening = {
+                "tcp_listen": "",
+                "tls_listen": "127.0.0.1:0",
+                "pki_directory": str(directory / "pki"),
+            }
+            made.append(stack.enter_context(daemon(directory, **listening, **config)))
+        yield made
+
+
+def test_virsh_migrates_over_tls(field: Field) -> None:
+    with encrypted(field, "good", "good") as (a, b):
+        uris = [end.uri(root, transport="tls") for end, root in zip((a, b), field.roots, strict=True)]
+        path = field.directory / "definition.xml"
+        path.write_text(field.definition)
+        virsh(uris[0], "create", str(path))
+        field.wait_ticks(20)
+        for p2p in ([], ["--p2p"]):
+            virsh(uris[0], "migrate", "--live", *p2p, NAME, uris[1])
+            uris.reverse()
+        field.wait_ticks(20)
+        virsh(uris[0], "destroy", NAME)
+    field.assert_unbroken(crossings=2)
+
+
+@pytest.mark.parametrize("kind", ["other signer", "other name", "expired"])
+async def test_certificates_that_are_not_taken(field: Field, kind: str) -> None:
+    with encrypted(field, "good") as (a,):
+        good = a.uri(field.roots[0], transport="tls")
+        virsh(good, "list")
+        bad = field.directory / "bad"
+        put_pki(bad, kind)
+        uri = good.replace(quote(str(a.directory / "pki")), quote(str(bad)))
+        if kind != "other name":  # which is the server's alone
+            assert virsh_tried(uri, "list").returncode != 0
+            with pytest.raises(ConnectError):
+                async with ferryman.connect(uri):
+                    pass
+            assert "is refused" in a.log.read_text()
+        virsh(good, "list")
+    with encrypted(Field(**{**vars(field), "directory": field.directory / "again"}), kind) as (a,):
+        uri = a.uri(field.roots[0], transport="tls").replace(
+            quote(str(a.directory / "pki")), quote(str(field.directory / "daemon-0" / "pki"))
+        )
+        assert virsh_tried(uri, "list").returncode != 0
+        with pytest.raises(ConnectError):
+            async with ferryman.connect(uri):
+                pass
+
+
+async def test_clients_by_the_names_in_their_certificates(field: Field) -> None:
+    with encrypted(field, "good", tls_allowed_names=["host-x*", "admin"]) as (a,):
+        uri = a.uri(field.roots[0], transport="tls")
+        assert virsh_tried(uri, "list").returncode != 0
+        assert "its certificate names host-s" in a.log.read_text()
+        with pytest.raises(ConnectError):
+            async with ferryman.connect(uri):
+                pass
+
+
+async def test_garbage_and_silence_on_the_encrypted_port(field: Field) -> None:
+    with encrypted(field, "good", opening_s=2.0) as (a,):
+        for said in (b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(300), b"", bytes(28)):
+            with socket.create_connection(("127.0.0.1", a.port), timeout=PROMPT_S) as stream:
+                stream.sendall(said)
+                while stream.recv(4096):
+                    pass
+        virsh(a.uri(field.roots[0], transport="tls"), "list")
 
 
 def test_events(field: Field) -> None:

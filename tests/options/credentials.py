@@ -58,3 +58,12 @@ def put_credentials(root: Path, kind: str) -> None:
     for name, content in _files(kind).items():
         (directory / name).write_bytes(content)
         (directory / name).chmod(0o600)
+
+
+def put_pki(directory: Path, kind: str) -> None:
+    """Write credentials of one kind as libvirt's clients and daemons look for them."""
+    directory.mkdir(parents=True)
+    for name, content in _files(kind).items():
+        path = directory / name.replace("ca-cert", "cacert").replace("-", "")
+        path.write_bytes(content)
+        path.chmod(0o600)

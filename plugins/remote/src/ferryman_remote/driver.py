@@ -142,7 +142,7 @@ def _local(uri: ConnectionURI) -> str:
     named = uri.param("name")
     if named is not None:
         return named
-    own = ("socket", "command", "keyfile", "pkipath", "no_verify")
+    own = ("socket", "pkipath")
     params = tuple((key, value) for key, value in uri.params if key not in own)
     return type(uri)(scheme=uri.scheme, path=uri.path, params=params).render()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ferryman.errors import ConnectError, NotSupportedError
 from ferryman_remote.sockets import connect_tcp, connect_unix
+from ferryman_remote.tls import TLS_PORT, as_client, context_of, pki
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ferryman.uri import ConnectionURI
 
 TCP_PORT = 16509
+
+PKI_DIRECTORY = "FERRYMAN_PKI_DIRECTORY"
+"""Variable of the environment: where certificates for outgoing connections lie, if not where libvirt has them."""
 
 
 def runtime_directory() -> Path:
@@ -40,6 +44,13 @@ async def connect_stream(uri: ConnectionURI) -> ByteStream:
             if not uri.host:
                 raise ConnectError(f"{uri} names no host")
             return await connect_tcp(uri.host, uri.port or TCP_PORT)
+        case "tls":
+            if not uri.host:
+                raise ConnectError(f"{uri} names no host")
+            context = context_of(
+                pki(uri.param("pkipath") or os.environ.get(PKI_DIRECTORY), "client"), server=False
+            )
+            return await as_client(await connect_tcp(uri.host, uri.port or TLS_PORT), uri.host, context)
         case "unix":
             path = uri.param("socket") or str(runtime_directory() / socket_name(uri.scheme))
             return await connect_unix(path)

@@ -33,9 +33,14 @@ class Config:
     :param socket_directory: where they lie.
     :param default_uri: the host of clients that name none.
     :param hosts: that are opened at the start, so that what an earlier daemon left open there is settled.
-    :param address: ``tcp://host:port`` by which other hosts reach this daemon; '' is that of the TCP listener.
+    :param address: ``tls://host:port`` or ``tcp://host:port`` by which other hosts reach this daemon; '' is that of a
+        listener, the encrypted one first.
     :param tcp_listen: ``host:port``, or '' for none.
     :param tcp_without_encryption: who can reach the TCP listener can do everything, and read everything.
+    :param tls_listen: ``host:port``, or '' for none; clients show a certificate of the same authority.
+    :param tls_allowed_names: patterns; a client's certificate must have a name that fits one.
+    :param pki_directory: holds ``cacert.pem``, ``servercert.pem``, ``serverkey.pem``, ``clientcert.pem`` and
+        ``clientkey.pem``, the last two for asking other hosts; '' is where libvirt has them.
     :param migration_protocols: versions of libvirt's that are offered to its clients.
     :param clients: that are served at a time.
     """
@@ -47,6 +52,9 @@ class Config:
     address: str = ""
     tcp_listen: str = ""
     tcp_without_encryption: bool = False
+    tls_listen: str = ""
+    tls_allowed_names: tuple[str, ...] = ("*",)
+    pki_directory: str = ""
     migration_protocols: tuple[str, ...] = PROTOCOLS
     peer_to_peer: bool = True
     clients: int = 5000
@@ -59,12 +67,16 @@ class Config:
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
+        if self.tls_listen:
+            split_address(self.tls_listen, "tls_listen")
+        if self.address and not self.address.startswith(("tcp://", "tls://")):
+            raise ConfigError(f"address must be tls://host:port or tcp://host:port, not {self.address!r:.80}")
         if self.tcp_listen:
             split_address(self.tcp_listen, "tcp_listen")
             if not self.tcp_without_encryption:
                 raise ConfigError(
-                    "tcp_listen serves everybody who can reach it, unencrypted and unasked: set"
-                    " tcp_without_encryption = true if the network is yours alone"
+                    "tcp_listen serves everybody who can reach it, unencrypted and unasked: use"
+                    " tls_listen, or set tcp_without_encryption = true if the network is yours alone"
                 )
         unknown = sorted(set(self.migration_protocols) - set(PROTOCOLS))
         if unknown:

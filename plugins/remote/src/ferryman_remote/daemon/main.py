@@ -19,17 +19,21 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.abc
 
-from ferryman.errors import FerrymanError
+from ferryman.errors import ConnectError, FerrymanError
 from ferryman.registry import DRIVERS
 from ferryman.uri import ConnectionURI
 from ferryman_remote.daemon.config import Config, ConfigError, default_path, read_config, split_address
 from ferryman_remote.daemon.hosts import Hosts
 from ferryman_remote.daemon.session import serve
 from ferryman_remote.sockets import PlainStream, accept, connect_unix, listen_tcp, listen_unix
-from ferryman_remote.transports import socket_name
+from ferryman_remote.tls import as_server, context_of, pki
+from ferryman_remote.transports import PKI_DIRECTORY, socket_name
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
+
+    from anyio.abc import ByteStream
 
 _log = logging.getLogger("ferrymand")
 
@@ -46,7 +50,7 @@ class Daemon:
         self.config = config
         self.addresses: list[str] = []
         self._clients = 0
-        self._tcp: tuple[str, int] | None = None
+        self._reached: tuple[str, str, int] | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until cancelled; open hosts are closed then, and guests and migrations go on or wait.
@@ -66,28 +70,36 @@ class Daemon:
                     stack.callback(path.unlink, missing_ok=True)
                     tasks.start_soon(accept, listener, partial(self._serve_unix, hosts, read_only=read_only))
                     self.addresses.append(f"unix:{path}")
+            if self.config.tls_listen:
+                context = context_of(pki(self.config.pki_directory or None, "server"), server=True)
+                listener = self._listen("tls", self.config.tls_listen)
+                tasks.start_soon(accept, listener, partial(self._serve_tls, hosts, context))
             if self.config.tcp_listen:
-                host, port = split_address(self.config.tcp_listen, "tcp_listen")
-                try:
-                    listener = listen_tcp(host, port)
-                except OSError as error:
-                    raise ConfigError(f"{self.config.tcp_listen} cannot be listened on: {error}") from error
-                port = listener.getsockname()[1]
-                self._tcp = (host, port)
+                listener = self._listen("tcp", self.config.tcp_listen)
                 tasks.start_soon(accept, listener, partial(self._serve_tcp, hosts))
-                self.addresses.append(f"tcp:{host}:{port}")
             for uri in self.config.hosts:
                 tasks.start_soon(_open_ahead, hosts, uri)
             ready()
             await anyio.sleep_forever()
+
+    def _listen(self, transport: str, address: str) -> socket.socket:
+        host, port = split_address(address, f"{transport}_listen")
+        try:
+            listener = listen_tcp(host, port)
+        except OSError as error:
+            raise ConfigError(f"{address} cannot be listened on: {error}") from error
+        port = listener.getsockname()[1]
+        self._reached = self._reached or (transport, host, port)
+        self.addresses.append(f"{transport}:{host}:{port}")
+        return listener
 
     def _address(self, uri: ConnectionURI) -> str | None:
         """By which other hosts reach a host of this daemon; None where they cannot."""
         if self.config.address:
             asked = ConnectionURI.parse(self.config.address)
             transport, host, port = asked.scheme, asked.host, asked.port
-        elif self._tcp is not None:
-            transport, (host, port) = "tcp", self._tcp
+        elif self._reached is not None:
+            transport, host, port = self._reached
             if host in ("0.0.0.0", "::"):  # noqa: S104 - it is compared, and not bound
                 host = socket.gethostname()
         else:
@@ -102,21 +114,38 @@ class Daemon:
         pid, uid, _ = _PEER_CREDENTIALS.unpack(found)
         if not read_only and uid not in (0, os.geteuid()):
             _log.warning("user %d, process %d, may not change anything here: refused", uid, pid)
-            await stream.aclose()
             return
         await self._serve(hosts, stream, f"user {uid}, process {pid}", read_only=read_only, secure=True)
+
+    async def _serve_tls(self, hosts: Hosts, context: ssl.SSLContext, stream: PlainStream) -> None:
+        host, port = stream.extra(anyio.abc.SocketAttribute.raw_socket).getpeername()[:2]
+        if not self._has_room(f"{host} port {port}"):
+            return
+        try:
+            with anyio.fail_after(self.config.opening_s):
+                encrypted, name = await as_server(stream, context, self.config.tls_allowed_names)
+        except (ConnectError, TimeoutError) as error:
+            why = str(error) or f"the handshake took longer than {self.config.opening_s:g} s"
+            _log.warning("%s port %d is refused: %s", host, port, why)
+            return
+        await self._serve(hosts, encrypted, f"{name} at {host} port {port}", read_only=False, secure=True)
 
     async def _serve_tcp(self, hosts: Hosts, stream: PlainStream) -> None:
         raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
         host, port = raw.getpeername()[:2]
         await self._serve(hosts, stream, f"{host} port {port}", read_only=False, secure=False)
 
+    def _has_room(self, who: str) -> bool:
+        """Whether one more client is served; if not, the log says who was turned away."""
+        if self._clients < self.config.clients:
+            return True
+        _log.warning("%s is one client more than %d: refused", who, self.config.clients)
+        return False
+
     async def _serve(
-        self, hosts: Hosts, stream: PlainStream, who: str, *, read_only: bool, secure: bool
+        self, hosts: Hosts, stream: ByteStream, who: str, *, read_only: bool, secure: bool
     ) -> None:
-        if self._clients >= self.config.clients:
-            _log.warning("%s is one client more than %d: refused", who, self.config.clients)
-            await stream.aclose()
+        if not self._has_room(who):
             return
         self._clients += 1
         try:
@@ -206,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
         text = path.read_text() if arguments.config is not None or path.exists() else ""
         config = read_config(text)
         logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+        if config.pki_directory:
+            os.environ[PKI_DIRECTORY] = config.pki_directory
         anyio.run(run, config)
     except (FerrymanError, OSError, ValueError, ExceptionGroup) as error:
         first = _first(error)

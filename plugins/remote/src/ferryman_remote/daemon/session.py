@@ -72,7 +72,7 @@ class Limits:
 
     :param calls: that run at a time; more wait, and when very many do, no more is read.
     :param message_bytes: of one message.
-    :param opening_s: for a client to open a host; until then its messages are short.
+    :param opening_s: for a client to ask for a host; until it has one its messages are short.
     :param listeners: that it registers for events.
     """
 
@@ -141,7 +141,7 @@ class Session:
         with anyio.move_on_after(self.limits.opening_s):
             await self._opened.wait()
             return
-        self.link.cut(f"it opened no host within {self.limits.opening_s:g} s")
+        self.link.cut(f"it asked for no host within {self.limits.opening_s:g} s")
 
     # Calls
 
@@ -315,11 +315,11 @@ class Session:
         """Open a host for this client."""
         if self.host is not None:
             raise WireFault(Code.INTERNAL, "connection already open", Of.RPC)
+        self._opened.set()
         self.host = await self.hosts.get(uri)
         self.uri = uri
         self.host.listeners.append(self._hear)
         self.link.limit(self.limits.message_bytes)
-        self._opened.set()
 
     def listen(self, listener: Listener) -> int:
         """Hear of a kind of event; returns the number of the registration.
