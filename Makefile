@@ -5,12 +5,12 @@ BIN := .venv/bin
 SETUP = @$(PYTHON) tests/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test model qemu check lint types imports spelling docs bench safety fault wheels pins clean \
+.PHONY: help demo test model qemu check lint types imports spelling docs bench bench-remote safety fault wheels pins clean \
 	setup-check setup-docs setup-test
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
 
 demo: ## move a running guest between two hosts on this machine
 	$(SETUP) demo
@@ -47,6 +47,10 @@ bench: ## measure migrations, starts and counters, and those of others
 	$(SETUP) bench
 	@$(BIN)/python -m tests.bench
 	@$(BIN)/python -m tests.bench.domains
+
+bench-remote: ## measure the daemon beside stock libvirtd, driven by the same client
+	$(SETUP) bench
+	@$(BIN)/python -m tests.bench.remote
 
 safety: ## measure what the journal costs
 	$(SETUP) bench

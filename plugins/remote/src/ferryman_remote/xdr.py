@@ -298,6 +298,10 @@ def _decode_all(of: Type[V], count: int, data: bytes, at: int) -> tuple[tuple[V,
     return tuple(found), at
 
 
+class Packed(bytes):
+    """A structure that was encoded before; it takes the structure's place in what is encoded."""
+
+
 class Structure(Type[S]):
     """The fields of a named tuple, one after the other.
 
@@ -313,7 +317,10 @@ class Structure(Type[S]):
         self._steps = _steps(self.fields)
         self._make: Callable[[list[Any]], S] = cls._make  # type: ignore[attr-defined]  # only named tuples come here
 
-    def encode(self, value: S, out: bytearray) -> None:
+    def encode(self, value: S | Packed, out: bytearray) -> None:
+        if type(value) is Packed:
+            out += value
+            return
         if type(value) is not self.cls:
             raise XDRError(f"{value!r:.40} is no {self.cls.__name__}")
         number = 0

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
 
@@ -20,13 +19,12 @@ from ferryman.errors import DomainNotFoundError, HypervisorError
 from ferryman.types import DomainInfo, DomainState, DomainStatistics, DomainUUID, ShutdownMode, Tuning
 from ferryman_remote import protocol as p
 from ferryman_remote.daemon import events, moves
+from ferryman_remote.daemon.answers import answers
 from ferryman_remote.daemon.errors import Code, Of, WireFault
 from ferryman_remote.daemon.hosts import ServedHost
 from ferryman_remote.daemon.session import Listener, Session
-from ferryman_remote.protocol import PROCEDURES, ParameterKind, TypedParameter
-
-_BY_NAME = {procedure.name: procedure for procedure in PROCEDURES.values()}
-CLOSE = _BY_NAME["CONNECT_CLOSE"].number
+from ferryman_remote.protocol import ParameterKind, TypedParameter
+from ferryman_remote.xdr import Packed, encode
 
 LIBVIRT_VERSION = 9_000_000
 """Of the protocol that is spoken: 9.0.0."""
@@ -47,37 +45,8 @@ _XML_FLAGS = 15
 _KIB = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a procedure is answered.
-
-    :param needs_host: only after a host has been opened.
-    :param writes: not on a connection that is read-only.
-    """
-
-    name: str
-    call: Callable[[Session, Any], Awaitable[Any]]
-    needs_host: bool
-    writes: bool
-
-
-ANSWERS: dict[int, Answer] = {}
-"""By number."""
-
-
-def _answers(
-    *names: str, needs_host: bool = True, writes: bool = False
-) -> Callable[[Callable[[Session, Any], Awaitable[Any]]], Callable[[Session, Any], Awaitable[Any]]]:
-    def keep(call: Callable[[Session, Any], Awaitable[Any]]) -> Callable[[Session, Any], Awaitable[Any]]:
-        for name in names:
-            ANSWERS[_BY_NAME[name].number] = Answer(name, call, needs_host, writes)
-        return call
-
-    return keep
-
-
-_before_open = partial(_answers, needs_host=False)
-_changes = partial(_answers, writes=True)
+_before_open = partial(answers, needs_host=False)
+_changes = partial(answers, writes=True)
 
 
 def _host(session: Session) -> ServedHost:
@@ -107,8 +76,14 @@ async def _active(session: Session, dom: p.Domain) -> DomainInfo:
     return info
 
 
-def _named(host: ServedHost, info: DomainInfo) -> p.Domain:
-    return p.Domain(info.name, UUID(info.uuid).bytes, host.id_of(info))
+@lru_cache(maxsize=65_536)
+def _packed(name: str, uuid: DomainUUID, number: int) -> Packed:
+    return Packed(encode(p.Domain(name, UUID(uuid).bytes, number)))
+
+
+def _named(host: ServedHost, info: DomainInfo) -> Any:
+    """A domain as it is named on the wire, packed before where it can be: lists are long, and mostly the same."""
+    return _packed(info.name, info.uuid, host.id_of(info))
 
 
 async def _told(session: Session, domain: Domain) -> p.OfDomain:
@@ -133,12 +108,12 @@ async def _open(session: Session, arguments: p.ConnectOpen) -> None:
 
 
 @_before_open("CONNECT_CLOSE")
-async def _close(session: Session, arguments: p.Void) -> None:
+def _close(session: Session, arguments: p.Void) -> None:
     """Nothing: the session ends when the answer has been written."""
 
 
 @_before_open("AUTH_LIST")
-async def _auth_list(session: Session, arguments: p.Void) -> p.AuthListReply:
+def _auth_list(session: Session, arguments: p.Void) -> p.AuthListReply:
     return p.AuthListReply((0,))
 
 
@@ -147,7 +122,7 @@ _OF_DAEMON = {8: 0, _KEEPALIVE: 1, 14: 1, 15: 1}
 
 
 @_before_open("CONNECT_SUPPORTS_FEATURE")
-async def _feature(session: Session, arguments: p.ConnectSupportsFeature) -> p.ConnectSupportsFeatureReply:
+def _feature(session: Session, arguments: p.ConnectSupportsFeature) -> p.ConnectSupportsFeatureReply:
     feature = arguments.feature
     if feature == _KEEPALIVE:
         # Only a client that asks answers pings.
@@ -158,67 +133,67 @@ async def _feature(session: Session, arguments: p.ConnectSupportsFeature) -> p.C
     return p.ConnectSupportsFeatureReply(supported)
 
 
-@_answers("CONNECT_GET_TYPE")
+@answers("CONNECT_GET_TYPE")
 async def _type(session: Session, arguments: p.Void) -> p.ConnectGetTypeReply:
     return p.ConnectGetTypeReply((await _host(session).connection.capabilities()).hypervisor)
 
 
-@_answers("CONNECT_GET_VERSION")
+@answers("CONNECT_GET_VERSION")
 async def _version(session: Session, arguments: p.Void) -> p.ConnectGetVersionReply:
     numbers = (*(await _host(session).connection.capabilities()).version, 0, 0)
     return p.ConnectGetVersionReply(numbers[0] * 1_000_000 + numbers[1] * 1_000 + numbers[2])
 
 
-@_answers("CONNECT_GET_LIB_VERSION")
-async def _lib_version(session: Session, arguments: p.Void) -> p.ConnectGetLibVersionReply:
+@answers("CONNECT_GET_LIB_VERSION")
+def _lib_version(session: Session, arguments: p.Void) -> p.ConnectGetLibVersionReply:
     return p.ConnectGetLibVersionReply(LIBVIRT_VERSION)
 
 
-@_answers("CONNECT_GET_HOSTNAME")
-async def _hostname(session: Session, arguments: p.Void) -> p.ConnectGetHostnameReply:
+@answers("CONNECT_GET_HOSTNAME")
+def _hostname(session: Session, arguments: p.Void) -> p.ConnectGetHostnameReply:
     return p.ConnectGetHostnameReply(socket.gethostname())
 
 
-@_answers("CONNECT_GET_URI")
-async def _uri(session: Session, arguments: p.Void) -> p.ConnectGetUriReply:
+@answers("CONNECT_GET_URI")
+def _uri(session: Session, arguments: p.Void) -> p.ConnectGetUriReply:
     return p.ConnectGetUriReply(session.uri)
 
 
-@_answers("CONNECT_IS_SECURE")
-async def _is_secure(session: Session, arguments: p.Void) -> p.ConnectIsSecureReply:
+@answers("CONNECT_IS_SECURE")
+def _is_secure(session: Session, arguments: p.Void) -> p.ConnectIsSecureReply:
     return p.ConnectIsSecureReply(int(session.secure))
 
 
-@_answers("CONNECT_GET_CAPABILITIES")
+@answers("CONNECT_GET_CAPABILITIES")
 async def _capabilities(session: Session, arguments: p.Void) -> p.ConnectGetCapabilitiesReply:
     return p.ConnectGetCapabilitiesReply((await _host(session).connection.capabilities()).to_xml())
 
 
-@_answers("CONNECT_GET_MAX_VCPUS")
-async def _max_vcpus(session: Session, arguments: p.ConnectGetMaxVcpus) -> p.ConnectGetMaxVcpusReply:
+@answers("CONNECT_GET_MAX_VCPUS")
+def _max_vcpus(session: Session, arguments: p.ConnectGetMaxVcpus) -> p.ConnectGetMaxVcpusReply:
     return p.ConnectGetMaxVcpusReply(255)
 
 
-@_answers("CONNECT_REGISTER_CLOSE_CALLBACK", "CONNECT_UNREGISTER_CLOSE_CALLBACK")
-async def _close_callback(session: Session, arguments: p.Void) -> None:
+@answers("CONNECT_REGISTER_CLOSE_CALLBACK", "CONNECT_UNREGISTER_CLOSE_CALLBACK")
+def _close_callback(session: Session, arguments: p.Void) -> None:
     """Nothing to do: the connection itself ends when this daemon does."""
 
 
-@_answers("NODE_GET_INFO")
-async def _node_info(session: Session, arguments: p.Void) -> p.NodeGetInfoReply:
+@answers("NODE_GET_INFO")
+def _node_info(session: Session, arguments: p.Void) -> p.NodeGetInfoReply:
     cpus = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _KIB
     model = platform.machine().encode()[:31]
     return p.NodeGetInfoReply((*model, *(0,) * (32 - len(model))), memory, cpus, 0, 1, 1, cpus, 1)
 
 
-@_answers("NODE_GET_FREE_MEMORY")
-async def _free_memory(session: Session, arguments: p.Void) -> p.NodeGetFreeMemoryReply:
+@answers("NODE_GET_FREE_MEMORY")
+def _free_memory(session: Session, arguments: p.Void) -> p.NodeGetFreeMemoryReply:
     return p.NodeGetFreeMemoryReply(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
 
 
-@_answers("NODE_GET_SECURITY_MODEL")
-async def _security_model(session: Session, arguments: p.Void) -> p.NodeGetSecurityModelReply:
+@answers("NODE_GET_SECURITY_MODEL")
+def _security_model(session: Session, arguments: p.Void) -> p.NodeGetSecurityModelReply:
     return p.NodeGetSecurityModelReply((), ())
 
 
@@ -242,18 +217,19 @@ _GROUPS: tuple[tuple[tuple[int, Callable[[DomainInfo], bool]], ...], ...] = (
 """Filters of a list: of each group any one that is asked for."""
 
 
-def _wanted(info: DomainInfo, flags: int) -> bool:
-    return all(
-        any(flags & bit and fits(info) for bit, fits in group)
-        for group in _GROUPS
-        if any(flags & bit for bit, _ in group)
-    )
+def _filtered(infos: list[DomainInfo], flags: int) -> list[DomainInfo]:
+    """Of these domains the ones that a list asks for."""
+    for group in _GROUPS:
+        asked = [fits for bit, fits in group if flags & bit]
+        if asked and len(asked) < len(group):
+            infos = [info for info in infos if any(fits(info) for fits in asked)]
+    return infos
 
 
-@_answers("CONNECT_LIST_ALL_DOMAINS")
+@answers("CONNECT_LIST_ALL_DOMAINS")
 async def _list_all(session: Session, arguments: p.ConnectListAllDomains) -> p.ConnectListAllDomainsReply:
     host = _host(session)
-    found = [info for info in await host.connection.list_domain_infos() if _wanted(info, arguments.flags)]
+    found = _filtered(await host.connection.list_domain_infos(), arguments.flags)
     if len(found) > p.MAX_DOMAINS:
         raise WireFault(
             Code.RPC, f"{len(found)} domains are more than {p.MAX_DOMAINS}, which a message holds", Of.RPC
@@ -262,14 +238,14 @@ async def _list_all(session: Session, arguments: p.ConnectListAllDomains) -> p.C
     return p.ConnectListAllDomainsReply(domains, len(found))
 
 
-@_answers("CONNECT_NUM_OF_DOMAINS")
+@answers("CONNECT_NUM_OF_DOMAINS")
 async def _num_of_domains(session: Session, arguments: p.Void) -> p.NumberReply:
     return p.NumberReply(
         sum(info.state.active for info in await _host(session).connection.list_domain_infos())
     )
 
 
-@_answers("CONNECT_LIST_DOMAINS")
+@answers("CONNECT_LIST_DOMAINS")
 async def _list_domains(session: Session, arguments: p.ConnectListDomains) -> p.ConnectListDomainsReply:
     host = _host(session)
     active = [info for info in await host.connection.list_domain_infos() if info.state.active]
@@ -282,30 +258,30 @@ async def _inactive(session: Session) -> list[str]:
     ]
 
 
-@_answers("CONNECT_NUM_OF_DEFINED_DOMAINS")
+@answers("CONNECT_NUM_OF_DEFINED_DOMAINS")
 async def _num_of_defined(session: Session, arguments: p.Void) -> p.NumberReply:
     return p.NumberReply(len(await _inactive(session)))
 
 
-@_answers("CONNECT_LIST_DEFINED_DOMAINS")
+@answers("CONNECT_LIST_DEFINED_DOMAINS")
 async def _list_defined(
     session: Session, arguments: p.ConnectListDefinedDomains
 ) -> p.ConnectListDefinedDomainsReply:
     return p.ConnectListDefinedDomainsReply(tuple(await _inactive(session))[: max(0, arguments.maxnames)])
 
 
-@_answers("DOMAIN_LOOKUP_BY_NAME")
+@answers("DOMAIN_LOOKUP_BY_NAME")
 async def _by_name(session: Session, arguments: p.DomainLookupByName) -> p.OfDomain:
     return await _told(session, await _host(session).connection.lookup_by_name(arguments.name))
 
 
-@_answers("DOMAIN_LOOKUP_BY_UUID")
+@answers("DOMAIN_LOOKUP_BY_UUID")
 async def _by_uuid(session: Session, arguments: p.DomainLookupByUuid) -> p.OfDomain:
     uuid = str(UUID(bytes=arguments.uuid))
     return await _told(session, await _host(session).connection.lookup_by_uuid(uuid))
 
 
-@_answers("DOMAIN_LOOKUP_BY_ID")
+@answers("DOMAIN_LOOKUP_BY_ID")
 async def _by_id(session: Session, arguments: p.DomainLookupById) -> p.OfDomain:
     host = _host(session)
     await _list_all(session, p.ConnectListAllDomains(0, 1))
@@ -446,13 +422,13 @@ async def _set_vcpus(session: Session, arguments: p.DomainSetVcpus) -> None:
 # What a domain is
 
 
-@_answers("DOMAIN_GET_XML_DESC")
+@answers("DOMAIN_GET_XML_DESC")
 async def _xml(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetXmlDescReply:
     _need_flags(arguments.flags, _XML_FLAGS, "DOMAIN_GET_XML_DESC")
     return p.DomainGetXmlDescReply(await _domain(session, arguments.dom).definition())
 
 
-@_answers("DOMAIN_GET_INFO")
+@answers("DOMAIN_GET_INFO")
 async def _domain_info(session: Session, arguments: p.OfDomain) -> p.DomainGetInfoReply:
     info = await _info(session, arguments.dom)
     memory = info.memory_bytes if info.current_memory_bytes is None else info.current_memory_bytes
@@ -473,74 +449,74 @@ async def _counted(session: Session, info: DomainInfo) -> DomainStatistics | Non
         return None  # it says nothing at the moment, and is no less there
 
 
-@_answers("DOMAIN_GET_STATE")
+@answers("DOMAIN_GET_STATE")
 async def _state(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetStateReply:
     return p.DomainGetStateReply(*_STATES[(await _info(session, arguments.dom)).state])
 
 
-@_answers("DOMAIN_GET_CONTROL_INFO")
+@answers("DOMAIN_GET_CONTROL_INFO")
 async def _control_info(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetControlInfoReply:
     await _active(session, arguments.dom)
     return p.DomainGetControlInfoReply(0, 0, 0)
 
 
-@_answers("DOMAIN_GET_OS_TYPE")
+@answers("DOMAIN_GET_OS_TYPE")
 async def _os_type(session: Session, arguments: p.OfDomain) -> p.DomainGetOsTypeReply:
     definition = parse_definition(await _domain(session, arguments.dom).definition())
     return p.DomainGetOsTypeReply((definition.root.findtext("os/type") or "hvm").strip())
 
 
-@_answers("DOMAIN_GET_AUTOSTART")
+@answers("DOMAIN_GET_AUTOSTART")
 async def _autostart(session: Session, arguments: p.OfDomain) -> p.DomainGetAutostartReply:
     return p.DomainGetAutostartReply(int((await _info(session, arguments.dom)).autostart))
 
 
-@_answers("DOMAIN_GET_MAX_MEMORY")
+@answers("DOMAIN_GET_MAX_MEMORY")
 async def _max_memory(session: Session, arguments: p.OfDomain) -> p.DomainGetMaxMemoryReply:
     return p.DomainGetMaxMemoryReply((await _info(session, arguments.dom)).memory_bytes // _KIB)
 
 
-@_answers("DOMAIN_GET_MAX_VCPUS", "DOMAIN_GET_VCPUS_FLAGS")
+@answers("DOMAIN_GET_MAX_VCPUS", "DOMAIN_GET_VCPUS_FLAGS")
 async def _domain_max_vcpus(session: Session, arguments: p.OfDomain) -> p.NumberReply:
     info = await _info(session, arguments.dom)
     return p.NumberReply(info.max_vcpus or info.vcpus)
 
 
-@_answers("DOMAIN_IS_ACTIVE")
+@answers("DOMAIN_IS_ACTIVE")
 async def _is_active(session: Session, arguments: p.OfDomain) -> p.DomainIsActiveReply:
     return p.DomainIsActiveReply(int((await _info(session, arguments.dom)).state.active))
 
 
-@_answers("DOMAIN_IS_PERSISTENT")
+@answers("DOMAIN_IS_PERSISTENT")
 async def _is_persistent(session: Session, arguments: p.OfDomain) -> p.DomainIsPersistentReply:
     return p.DomainIsPersistentReply(int((await _info(session, arguments.dom)).persistent))
 
 
-@_answers("DOMAIN_IS_UPDATED")
+@answers("DOMAIN_IS_UPDATED")
 async def _is_updated(session: Session, arguments: p.OfDomain) -> p.DomainIsUpdatedReply:
     await _info(session, arguments.dom)
     return p.DomainIsUpdatedReply(0)
 
 
-@_answers("DOMAIN_HAS_MANAGED_SAVE_IMAGE")
+@answers("DOMAIN_HAS_MANAGED_SAVE_IMAGE")
 async def _managed_save(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainHasManagedSaveImageReply:
     await _info(session, arguments.dom)
     return p.DomainHasManagedSaveImageReply(0)
 
 
-@_answers("DOMAIN_SNAPSHOT_NUM")
+@answers("DOMAIN_SNAPSHOT_NUM")
 async def _snapshots(session: Session, arguments: p.OfDomainWithFlags) -> p.NumberReply:
     await _info(session, arguments.dom)
     return p.NumberReply(0)
 
 
-@_answers("DOMAIN_GET_MESSAGES")
+@answers("DOMAIN_GET_MESSAGES")
 async def _messages(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetMessagesReply:
     await _info(session, arguments.dom)
     return p.DomainGetMessagesReply(())
 
 
-@_answers("DOMAIN_MEMORY_STATS")
+@answers("DOMAIN_MEMORY_STATS")
 async def _memory_stats(session: Session, arguments: p.DomainMemoryStats) -> p.DomainMemoryStatsReply:
     info = await _active(session, arguments.dom)
     counted = await _counted(session, info)
@@ -555,7 +531,7 @@ def _known(values: tuple[int | None, ...]) -> tuple[int, ...]:
     return tuple(-1 if value is None else value for value in values)
 
 
-@_answers("DOMAIN_BLOCK_STATS")
+@answers("DOMAIN_BLOCK_STATS")
 async def _block_stats(session: Session, arguments: p.DomainBlockStats) -> p.DomainBlockStatsReply:
     counted = await _counted(session, await _active(session, arguments.dom))
     for disk in counted.disks if counted is not None else ():
@@ -565,7 +541,7 @@ async def _block_stats(session: Session, arguments: p.DomainBlockStats) -> p.Dom
     raise WireFault(Code.INVALID_ARG, f"invalid argument: invalid path: {arguments.path}")
 
 
-@_answers("DOMAIN_INTERFACE_STATS")
+@answers("DOMAIN_INTERFACE_STATS")
 async def _interface_stats(
     session: Session, arguments: p.DomainInterfaceStats
 ) -> p.DomainInterfaceStatsReply:
@@ -655,7 +631,7 @@ _BLOCK_NAMES = (
 )
 
 
-@_answers("CONNECT_GET_ALL_DOMAIN_STATS")
+@answers("CONNECT_GET_ALL_DOMAIN_STATS")
 async def _all_stats(
     session: Session, arguments: p.ConnectGetAllDomainStats
 ) -> p.ConnectGetAllDomainStatsReply:
@@ -665,7 +641,7 @@ async def _all_stats(
     if arguments.doms:
         named = {_uuid(dom) for dom in arguments.doms}
         infos = [info for info in infos if info.uuid in named]
-    infos = [info for info in infos if _wanted(info, arguments.flags & 0xFF)]
+    infos = _filtered(infos, arguments.flags & 0xFF)
     counted: dict[DomainUUID, DomainStatistics] = {}
     if host.connection.hooks.has("domain_statistics") or host.connection.hooks.has("host_statistics"):
         active = [Domain(host.connection, info.name, info.uuid) for info in infos if info.state.active]
@@ -680,8 +656,8 @@ async def _all_stats(
 # Events
 
 
-@_answers("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY")
-async def _register(
+@answers("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY")
+def _register(
     session: Session, arguments: p.ConnectDomainEventCallbackRegisterAny
 ) -> p.ConnectDomainEventCallbackRegisterAnyReply:
     if arguments.event_id not in events.KNOWN:
@@ -691,8 +667,8 @@ async def _register(
     return p.ConnectDomainEventCallbackRegisterAnyReply(number)
 
 
-@_answers("CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY")
-async def _deregister(session: Session, arguments: p.ConnectDomainEventCallbackDeregisterAny) -> None:
+@answers("CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY")
+def _deregister(session: Session, arguments: p.ConnectDomainEventCallbackDeregisterAny) -> None:
     if session.listeners.pop(arguments.callback_id, None) is None:
         raise WireFault(Code.INVALID_ARG, f"domain event callback {arguments.callback_id} not registered")
 
@@ -703,7 +679,7 @@ async def _deregister(session: Session, arguments: p.ConnectDomainEventCallbackD
 _JOB_NONE, _JOB_UNBOUNDED, _JOB_COMPLETED, _JOB_FAILED = 0, 2, 3, 4
 
 
-@_answers("DOMAIN_GET_JOB_INFO")
+@answers("DOMAIN_GET_JOB_INFO")
 async def _job_info(session: Session, arguments: p.OfDomain) -> p.DomainGetJobInfoReply:
     move = _host(session).moves.get(_uuid(arguments.dom))
     if move is None or move.ended_s is not None:
@@ -719,7 +695,7 @@ async def _job_info(session: Session, arguments: p.OfDomain) -> p.DomainGetJobIn
     return p.DomainGetJobInfoReply._make((_JOB_UNBOUNDED, moves.elapsed_ms(move), 0, *sizes, *files))
 
 
-@_answers("DOMAIN_GET_JOB_STATS")
+@answers("DOMAIN_GET_JOB_STATS")
 async def _job_stats(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetJobStatsReply:
     host, uuid = _host(session), _uuid(arguments.dom)
     _need_flags(arguments.flags, 3, "DOMAIN_GET_JOB_STATS")
@@ -747,7 +723,7 @@ async def _set_downtime(session: Session, arguments: p.DomainMigrateSetMaxDownti
     move.max_downtime_ms = arguments.downtime
 
 
-@_answers("DOMAIN_MIGRATE_GET_MAX_DOWNTIME")
+@answers("DOMAIN_MIGRATE_GET_MAX_DOWNTIME")
 async def _get_downtime(
     session: Session, arguments: p.OfDomainWithFlags
 ) -> p.DomainMigrateGetMaxDowntimeReply:
@@ -771,7 +747,7 @@ async def _set_speed(session: Session, arguments: p.DomainMigrateSetMaxSpeed) ->
         await move.job.set_bandwidth(arguments.bandwidth * moves.MIB)
 
 
-@_answers("DOMAIN_MIGRATE_GET_MAX_SPEED")
+@answers("DOMAIN_MIGRATE_GET_MAX_SPEED")
 async def _get_speed(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainMigrateGetMaxSpeedReply:
     await _info(session, arguments.dom)
     return p.DomainMigrateGetMaxSpeedReply(_host(session).speeds.get(_uuid(arguments.dom), 0))

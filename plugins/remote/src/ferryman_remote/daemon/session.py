@@ -14,9 +14,10 @@ from ferryman.errors import FerrymanError, HostBusyError, NotSupportedError
 from ferryman.hookspecs import DriverHooks, hook_names
 from ferryman.types import DomainUUID
 from ferryman_remote import ferry
+from ferryman_remote.daemon.answers import ANSWERS, CLOSE, Answer
 from ferryman_remote.daemon.errors import Code, Of, WireFault, fault, told, told_to_ferryman
 from ferryman_remote.link import Link
-from ferryman_remote.protocol import PROCEDURES, REMOTE_PROGRAM, RemoteError, Void
+from ferryman_remote.protocol import REMOTE_PROGRAM, RemoteError, Void
 from ferryman_remote.values import ValueFormError, dump, hints_of, load
 from ferryman_remote.wire import MAX_MESSAGE_BYTES, Packet, PacketType, Status
 from ferryman_remote.xdr import XDRError, decode, encode
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from ferryman.types import DomainEvent, TransferStatistics
     from ferryman_remote.daemon.hosts import Hosts, ServedHost
-
-    Answer = Callable[["Session", Any], Awaitable[Any]]
 
 _log = logging.getLogger(__name__)
 
@@ -161,6 +160,14 @@ class Session:
         if packet.serial in self._calls:
             self.link.cut(f"serial {packet.serial} is that of a call which is not answered yet")
             return
+        if packet.program == REMOTE_PROGRAM:
+            answer = ANSWERS.get(packet.procedure)
+            if answer is None:
+                self._refuse(packet, Code.RPC, f"unknown procedure: {packet.procedure}")
+                return
+            if not answer.waits:
+                self._answer_at_once(packet, answer)
+                return
         await self._waiting_room.acquire()
         scope = self._calls[packet.serial] = anyio.CancelScope()
         tasks.start_soon(self._run_call, packet, scope)
@@ -182,36 +189,39 @@ class Session:
             del self._calls[packet.serial]
             self._waiting_room.release()
 
-    async def _answer_libvirt(self, packet: Packet) -> None:
-        from ferryman_remote.daemon.calls import ANSWERS, CLOSE
-
-        answer = ANSWERS.get(packet.procedure)
+    def _answer_at_once(self, packet: Packet, answer: Answer) -> None:
         try:
-            if answer is None:
-                raise WireFault(Code.RPC, f"unknown procedure: {packet.procedure}", Of.RPC)
-            procedure = PROCEDURES[packet.procedure]
-            if answer.needs_host and self.host is None:
-                raise WireFault(Code.INTERNAL, "hypervisor connection not open", Of.RPC)
-            if answer.writes and self.read_only:
-                raise WireFault(
-                    Code.OPERATION_DENIED,
-                    f"operation forbidden: read only access prevents {answer.name}",
-                    Of.DOMAIN,
-                )
-            try:
-                arguments = decode(procedure.arguments, packet.payload)
-            except XDRError as error:
-                raise WireFault(Code.RPC, f"Unable to decode message payload: {error}", Of.RPC) from error
-            result = await answer.call(self, arguments)
-            self._reply(packet, Void() if result is None else result)
+            self._reply(packet, answer.body(self, self._arguments(packet, answer)))
+        except WireFault as error:
+            self._reply_error(packet, fault(error))
+        if packet.procedure == CLOSE:
+            self.link.finish()
+
+    async def _answer_libvirt(self, packet: Packet) -> None:
+        answer = ANSWERS[packet.procedure]
+        try:
+            self._reply(packet, await answer.body(self, self._arguments(packet, answer)))
         except WireFault as error:
             self._reply_error(packet, fault(error))
         except FerrymanError as error:
             self._reply_error(packet, told(error))
-        if packet.procedure == CLOSE:
-            self.link.finish()
 
-    def _reply(self, packet: Packet, result: tuple[Any, ...]) -> None:
+    def _arguments(self, packet: Packet, answer: Answer) -> tuple[Any, ...]:
+        """What a call says. :raises WireFault: it may not be made, or cannot be read."""
+        if answer.needs_host and self.host is None:
+            raise WireFault(Code.INTERNAL, "hypervisor connection not open", Of.RPC)
+        if answer.writes and self.read_only:
+            raise WireFault(
+                Code.OPERATION_DENIED,
+                f"operation forbidden: read only access prevents {answer.procedure.name}",
+                Of.DOMAIN,
+            )
+        try:
+            return decode(answer.procedure.arguments, packet.payload)
+        except XDRError as error:
+            raise WireFault(Code.RPC, f"Unable to decode message payload: {error}", Of.RPC) from error
+
+    def _reply(self, packet: Packet, result: tuple[Any, ...] | None) -> None:
         payload = encode(result) if result else b""
         self.link.send(packet._replace(type=PacketType.REPLY, payload=payload))
 
@@ -360,6 +370,8 @@ async def serve(
     secure: bool = False,
 ) -> None:
     """Serve one client, and end with it."""
+    from ferryman_remote.daemon import calls  # noqa: F401 - it fills the registry, and needs sessions itself
+
     link = Link(stream, name=who, limit=min(limits.message_bytes, _OPENING_BYTES))
     session = Session(link=link, hosts=hosts, limits=limits, who=who, read_only=read_only, secure=secure)
     _log.debug("%s connected", who)
