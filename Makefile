@@ -5,12 +5,12 @@ BIN := .venv/bin
 SETUP = @$(PYTHON) tests/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test model qemu check lint types imports spelling docs bench bench-remote safety fault wheels pins clean \
+.PHONY: help demo test model qemu interop check lint types imports spelling docs bench bench-remote safety fault wheels pins clean \
 	setup-check setup-docs setup-test
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 
 demo: ## move a running guest between two hosts on this machine
 	$(SETUP) demo
@@ -42,6 +42,9 @@ model: setup-test ## explore the handover, and mutants of it, in every state of 
 
 qemu: setup-test ## every option, cuts of copied disks, and every definition, on real QEMU
 	@$(BIN)/python -m tests.options.summary
+
+interop: setup-test ## stock virsh and libvirt-python against the daemon, every message of a migration broken
+	@$(BIN)/python -m tests.interop
 
 bench: ## measure migrations, starts and counters, and those of others
 	$(SETUP) bench

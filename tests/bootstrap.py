@@ -117,6 +117,8 @@ _TEST_PROGRAMS = (
     # It brings libvirt's schema of domain definitions too.
     Program(package="libvirt-clients", name="virsh"),
     Program(package="qemu-guest-agent", name="qemu-ga"),
+    # libvirt's binding is for the system's own Python.
+    Program(package="python3-libvirt", name="python3", shared_name=True),
 )
 _BENCH_PROGRAMS = (
     *_TEST_PROGRAMS,

@@ -55,10 +55,14 @@ class ServedHost:
         if not info.state.active:
             self._ids.pop(info.uuid, None)
             return -1
-        if info.uuid not in self._ids:
+        return self._number(info.uuid)
+
+    def _number(self, uuid: DomainUUID) -> int:
+        """The number of an active domain, which may have been seen before its event was."""
+        if uuid not in self._ids:
             self._last_id += 1
-            self._ids[info.uuid] = self._last_id
-        return self._ids[info.uuid]
+            self._ids[uuid] = self._last_id
+        return self._ids[uuid]
 
     def known_id(self, uuid: DomainUUID) -> int:
         """Number of a domain as it is known without asking; -1 where it is not."""
@@ -73,8 +77,7 @@ class ServedHost:
         if event.kind in _ENDED:
             self._ids.pop(event.uuid, None)
         elif event.kind in (DomainEventKind.STARTED, DomainEventKind.MIGRATED_IN):
-            self._last_id += 1
-            self._ids[event.uuid] = self._last_id
+            self._number(event.uuid)
         for listener in list(self.listeners):
             listener(event)
 

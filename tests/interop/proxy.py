@@ -1,0 +1,145 @@
+"""A proxy between stock clients and a daemon that breaks one message of their choice."""
+
+from __future__ import annotations
+
+import enum
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ferryman_remote.protocol import KEEPALIVE_PROGRAM, PROCEDURES, RemoteError
+from ferryman_remote.wire import Packet, PacketReader, PacketType, Status
+from ferryman_remote.xdr import encode
+
+
+class Kind(enum.Enum):
+    """What is done to a call."""
+
+    LOST = "the call is lost with the connection"
+    UNANSWERED = "the answer is lost with the connection"
+    TURNED = "the answer is turned into an error"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is done to the call of that number of a client's longest conversation, from 0."""
+
+    call: int
+    kind: Kind
+
+
+_ERROR = RemoteError(1, 7, "a fault that the test made", 2, None, "%s", "a fault", None, -1, -1, None)
+
+
+class Proxy:
+    """Listens, and passes everything on to a daemon.
+
+    :ivar fault: of the next connection that comes to that call; it strikes once.
+    :ivar conversations: names of the calls of each connection, in order.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.fault: Fault | None = None
+        self.struck = False
+        self.conversations: list[list[str]] = []
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+
+    def start(self) -> None:
+        self._begin(self._accept)
+
+    def stop(self) -> None:
+        """End it; every connection through it is cut."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for each in self._sockets:
+            _cut(each)
+        for thread in self._threads:
+            thread.join(10)
+        for each in self._sockets:
+            each.close()
+
+    def _begin(self, body: object, *arguments: object) -> None:
+        thread = threading.Thread(target=body, args=arguments)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            daemon = socket.create_connection(("127.0.0.1", self._target))
+            self._sockets += [client, daemon]
+            calls: list[str] = []
+            self.conversations.append(calls)
+            turned: set[int] = set()
+            self._begin(self._pump, client, daemon, calls, turned)
+            self._begin(self._pump_answers, daemon, client, calls, turned)
+
+    def _pump(self, client: socket.socket, daemon: socket.socket, calls: list[str], turned: set[int]) -> None:
+        try:
+            for packet in _packets(client):
+                if packet.type is PacketType.CALL and packet.program != KEEPALIVE_PROGRAM:
+                    number = len(calls)
+                    calls.append(PROCEDURES[packet.procedure].name if packet.procedure in PROCEDURES else "?")
+                    fault = self.fault
+                    if fault is not None and fault.call == number and not self.struck:
+                        self.struck = True
+                        if fault.kind is Kind.LOST:
+                            break
+                        turned.add(packet.serial)
+                daemon.sendall(packet.pack())
+        except OSError:
+            pass
+        finally:
+            _cut(client)
+            _cut(daemon)
+
+    def _pump_answers(
+        self, daemon: socket.socket, client: socket.socket, calls: list[str], turned: set[int]
+    ) -> None:
+        try:
+            for packet in _packets(daemon):
+                answer = packet
+                if packet.type is PacketType.REPLY and packet.serial in turned:
+                    assert self.fault is not None
+                    if self.fault.kind is Kind.UNANSWERED:
+                        break
+                    answer = packet._replace(status=Status.ERROR, payload=encode(_ERROR))
+                client.sendall(answer.pack())
+        except OSError:
+            pass
+        finally:
+            _cut(client)
+            _cut(daemon)
+
+
+def _packets(source: socket.socket) -> Iterator[Packet]:
+    reader = PacketReader()
+    while data := source.recv(1 << 16):
+        yield from reader.feed(data)
+
+
+def _cut(each: socket.socket) -> None:
+    try:
+        each.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it is cut already
+
+
+@contextmanager
+def proxied(port: int) -> Iterator[Proxy]:
+    """A proxy before a daemon for the length of a block."""
+    made = Proxy(port)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()

@@ -1,0 +1,130 @@
+"""Stock virsh and libvirt-python: what each verb comes to."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.daemons import daemons, virsh_tried
+from tests.qemu import NAME, PROMPT_S, Field, laid_out
+
+_VERBS: tuple[tuple[str, str], ...] = (
+    ("uri", "qemu.tcp://"),
+    ("hostname", r"\S"),
+    ("version", "hypervisor"),
+    ("nodeinfo", r"CPU\(s\):"),
+    ("capabilities", "<migration_features>"),
+    ("define {file}", ""),
+    ("list --all", "shut off"),
+    ("domuuid {name}", "-"),
+    ("start {name}", ""),
+    ("domid {name}", "1"),
+    ("domstate {name}", "running"),
+    ("dominfo {name}", "CPU time"),
+    ("dumpxml {name}", "<domain"),
+    ("domstats {name}", "state.state=1"),
+    ("dommemstat {name}", "rss"),
+    ("domblkstat {name} vda", "rd_bytes"),
+    ("domjobinfo {name}", "None"),
+    ("migrate-setspeed {name} 10", ""),
+    ("migrate-getspeed {name}", "10"),
+    ("suspend {name}", ""),
+    ("resume {name}", ""),
+    ("save {name} {directory}/state", ""),
+    ("restore {directory}/state", ""),
+    ("shutdown {name}", ""),
+    ("reboot {name}", ""),
+    ("destroy {name}", ""),
+    ("undefine {name}", ""),
+    ("create {file}", ""),
+    ("event --list", "lifecycle"),
+    ("destroy {name}", ""),
+)
+"""Commands in their order, and what they print; where that is nothing, their exit status is what counts."""
+
+NOT_SERVED: tuple[tuple[str, str], ...] = (
+    ("console {name}", "streams of a guest's console"),
+    ("setmem {name} 20M", "memory by libvirt's procedure"),
+    ("domifstat {name} vnet0", "the usual guest has no card"),
+)
+"""Verbs that stock daemons have and ours refuses, or that the guest gives no reason for."""
+
+_PYTHON = """
+import libvirt, sys, threading
+libvirt.registerErrorHandler(lambda *_: None, None)
+libvirt.virEventRegisterDefaultImpl()
+def loop():
+    while True:
+        libvirt.virEventRunDefaultImpl()
+threading.Thread(target=loop, daemon=True).start()
+source, destination = (libvirt.open(uri) for uri in sys.argv[1:3])
+name, definition = sys.argv[3], open(sys.argv[4]).read()
+heard = threading.Semaphore(0)
+def happened(connection, domain, event, detail, seen):
+    seen.append((event, detail))
+    heard.release()
+seen = []
+destination.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, happened, seen)
+domain = source.createXML(definition, 0)
+assert [each.name() for each in source.listAllDomains()] == [name]
+assert source.listDomainsID() == [domain.ID()]
+assert domain.info()[0] == domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+assert domain.isActive() and not domain.isPersistent()
+assert domain.jobInfo()[0] == 0 and domain.jobStats() is not None
+(record,) = source.getAllDomainStats()
+assert record[1]["state.state"] == libvirt.VIR_DOMAIN_RUNNING
+moved = domain.migrate3(destination, {}, libvirt.VIR_MIGRATE_LIVE)
+assert moved.name() == name and source.listAllDomains() == []
+assert heard.acquire(timeout=30)
+assert seen[0] == (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED), seen
+try:
+    source.lookupByName(name)
+except libvirt.libvirtError as error:
+    assert error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
+else:
+    raise AssertionError("the domain is still at the source")
+back = moved.migrate(source, libvirt.VIR_MIGRATE_LIVE, None, None, 0)
+back.destroy()
+print("ok")
+"""
+
+
+def run_verbs(say: Callable[[str], None]) -> tuple[int, int]:
+    """Try every verb; returns how many passed, and how many there are."""
+    passed = 0
+    with laid_out() as field, daemons(field) as (a, _b):
+        path = field.directory / "definition.xml"
+        path.write_text(field.definition)
+        for command, printed in _VERBS:
+            words = [word.format(name=NAME, file=path, directory=field.directory) for word in command.split()]
+            done = virsh_tried(a.uri(field.roots[0]), *words)
+            good = done.returncode == 0 and re.search(printed, done.stdout) is not None
+            passed += good
+            say(
+                f"{command.split()[0]:20} {'ok' if good else 'WRONG: ' + (done.stderr or done.stdout).strip()}"
+            )
+        for leftover in field.directory.glob("state*"):
+            leftover.unlink()
+    return passed, len(_VERBS)
+
+
+def run_libvirt_python(field: Field, uris: tuple[str, str]) -> str:
+    """Drive both daemons by libvirt's own binding, with its event loop; returns what went wrong, or ''."""
+    path = Path(field.directory, "definition.xml")
+    path.write_text(field.definition)
+    done = subprocess.run(
+        [_python(), "-c", _PYTHON, *uris, NAME, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PROMPT_S,
+        check=False,
+    )
+    return "" if done.stdout == "ok\n" and done.returncode == 0 else done.stderr or "it printed nothing"
+
+
+def _python() -> str:
+    """The system's Python, which has libvirt's binding."""
+    return "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
