@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import anyio
 
 import ferryman
-from tests.daemons import Daemon, daemons, virsh, virsh_tried
+from tests.daemons import Daemon, daemon, virsh, virsh_tried
 from tests.interop.proxy import Fault, Kind, Proxy, proxied
 from tests.qemu import NAME, Field, laid_out
 
 _SETTLE_S = 60.0
+_SIDES = ("source", "destination", "between")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """One broken message.
 
-    :param side: whose connection, 0 is the source's.
+    :param side: whose connection: the client's to the source (0) or to the destination (1), or the source's to the
+        destination (2).
     """
 
     protocol: str
@@ -31,7 +33,7 @@ class Case:
     name: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.protocol} {('source', 'destination')[self.side]} {self.call} {self.name}: {self.kind.value}"
+        return f"{self.protocol} {_SIDES[self.side]} {self.call} {self.name}: {self.kind.value}"
 
 
 class Wrong(AssertionError):
@@ -40,11 +42,16 @@ class Wrong(AssertionError):
 
 @dataclass
 class Ring:
-    """Two daemons with a proxy before each, and one guest that goes back and forth between them."""
+    """Two daemons, and one guest that goes back and forth between them.
+
+    :param proxies: before each daemon, for clients.
+    :param peers: the same, for the other daemon.
+    """
 
     field: Field
     ends: tuple[Daemon, Daemon]
     proxies: tuple[Proxy, Proxy]
+    peers: tuple[Proxy, Proxy]
     at: int = 0
 
     def uri(self, end: int, *, proxied: bool) -> str:
@@ -54,16 +61,15 @@ class Ring:
     def migrate(self, case: Case | None, *options: str) -> list[list[str]]:
         """Migrate with a fault; returns the calls on each connection, and checks what came of it."""
         source, destination = self.at, 1 - self.at
-        for number, proxy in enumerate(self.proxies):
+        sides = (self.proxies[source], self.proxies[destination], self.peers[destination])
+        for side, proxy in enumerate(sides):
             proxy.conversations.clear()
             proxy.struck = False
-            of_source = number == source
-            struck = case is not None and of_source == (case.side == 0)
-            proxy.fault = Fault(case.call, case.kind) if case is not None and struck else None
+            proxy.fault = Fault(case.call, case.kind) if case is not None and case.side == side else None
         uris = [self.uri(end, proxied=True) for end in (source, destination)]
         done = virsh_tried(uris[0], "migrate", "--live", *options, NAME, uris[1])
         self.check(case, done.returncode, done.stderr)
-        return [max(self.proxies[end].conversations, key=len, default=[]) for end in (source, destination)]
+        return [max(proxy.conversations, key=len, default=[]) for proxy in sides]
 
     def check(self, case: Case | None, status: int, told: str) -> None:
         anyio.run(self._settle)
@@ -89,15 +95,23 @@ class Ring:
 @contextmanager
 def ring(protocol: str) -> Iterator[Ring]:
     """Daemons that offer one version of the protocol, and a guest that runs at the first."""
-    with laid_out() as field, daemons(field, migration_protocols=[protocol]) as ends:
-        with proxied(ends[0].port) as first, proxied(ends[1].port) as second:
-            made = Ring(field, ends, (first, second))
-            path = field.directory / "definition.xml"
-            path.write_text(field.definition)
-            virsh(made.uri(0, proxied=False), "create", str(path))
-            field.wait_ticks(20)
-            yield made
-            virsh(made.uri(made.at, proxied=False), "destroy", NAME)
+    with laid_out() as field, ExitStack() as stack:
+        peers = stack.enter_context(proxied()), stack.enter_context(proxied())
+        ends = []
+        for name, peer in zip("ab", peers, strict=True):
+            directory, address = field.directory / f"daemon-{name}", f"tcp://127.0.0.1:{peer.port}"
+            offered = [protocol]
+            made = stack.enter_context(daemon(directory, address=address, migration_protocols=offered))
+            peer.target = made.port
+            ends.append(made)
+        clients = stack.enter_context(proxied(ends[0].port)), stack.enter_context(proxied(ends[1].port))
+        both = Ring(field, (ends[0], ends[1]), clients, peers)
+        path = field.directory / "definition.xml"
+        path.write_text(field.definition)
+        virsh(both.uri(0, proxied=False), "create", str(path))
+        field.wait_ticks(20)
+        yield both
+        virsh(both.uri(both.at, proxied=False), "destroy", NAME)
 
 
 def run(protocol: str, sample: int | None, seed: int, say: object = None) -> int:
@@ -110,7 +124,7 @@ def run(protocol: str, sample: int | None, seed: int, say: object = None) -> int
         heard = made.migrate(None)
         cases = [
             Case(protocol, side, call, kind, heard[side][call])
-            for side in (0, 1)
+            for side in range(len(_SIDES))
             for call in range(len(heard[side]))
             for kind in Kind
         ]

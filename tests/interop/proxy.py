@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ferryman_remote import ferry
 from ferryman_remote.protocol import KEEPALIVE_PROGRAM, PROCEDURES, RemoteError
 from ferryman_remote.wire import Packet, PacketReader, PacketType, Status
-from ferryman_remote.xdr import encode
+from ferryman_remote.xdr import decode, encode
 
 
 class Kind(enum.Enum):
@@ -36,12 +37,13 @@ _ERROR = RemoteError(1, 7, "a fault that the test made", 2, None, "%s", "a fault
 class Proxy:
     """Listens, and passes everything on to a daemon.
 
+    :ivar target: port of the daemon, which may be set later.
     :ivar fault: of the next connection that comes to that call; it strikes once.
     :ivar conversations: names of the calls of each connection, in order.
     """
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, port: int = 0) -> None:
+        self.target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.fault: Fault | None = None
@@ -75,7 +77,7 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            daemon = socket.create_connection(("127.0.0.1", self._target))
+            daemon = socket.create_connection(("127.0.0.1", self.target))
             self._sockets += [client, daemon]
             calls: list[str] = []
             self.conversations.append(calls)
@@ -88,7 +90,7 @@ class Proxy:
             for packet in _packets(client):
                 if packet.type is PacketType.CALL and packet.program != KEEPALIVE_PROGRAM:
                     number = len(calls)
-                    calls.append(PROCEDURES[packet.procedure].name if packet.procedure in PROCEDURES else "?")
+                    calls.append(_name(packet))
                     fault = self.fault
                     if fault is not None and fault.call == number and not self.struck:
                         self.struck = True
@@ -121,6 +123,13 @@ class Proxy:
             _cut(daemon)
 
 
+def _name(packet: Packet) -> str:
+    if packet.program == ferry.PROGRAM:
+        named = packet.procedure in (ferry.Number.HOOK, ferry.Number.HOST)
+        return decode(ferry.Call, packet.payload).name if named else ferry.Number(packet.procedure).name
+    return PROCEDURES[packet.procedure].name if packet.procedure in PROCEDURES else str(packet.procedure)
+
+
 def _packets(source: socket.socket) -> Iterator[Packet]:
     reader = PacketReader()
     while data := source.recv(1 << 16):
@@ -135,8 +144,11 @@ def _cut(each: socket.socket) -> None:
 
 
 @contextmanager
-def proxied(port: int) -> Iterator[Proxy]:
-    """A proxy before a daemon for the length of a block."""
+def proxied(port: int = 0) -> Iterator[Proxy]:
+    """A proxy before a daemon for the length of a block.
+
+    :param port: the daemon's; 0 is one that is not known yet.
+    """
     made = Proxy(port)
     made.start()
     try:

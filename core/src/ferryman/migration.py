@@ -81,6 +81,7 @@ _log = logging.getLogger(__name__)
 
 _ASK_FIRST_S = 0.02
 _ASK_LONGEST_S = 2.0
+_CANCEL_S = 5.0
 _PROGRESS_KEPT = 1_000
 _OBSERVERS_S = 5.0
 """How long observers have for the last events; the migration is over by then, and the caller is waiting."""
@@ -448,6 +449,8 @@ class MigrationJob:
         except FerrymanError:
             if prepared is not None:
                 await self._cancel_destination(plan, prepared.cookie)
+            else:
+                await self._cancel_unheard(plan, begun.cookie)
             self._rolled_back.append("the destination released its reservation")
             await self._give_up(plan, begun.id)
             self._rolled_back.append("the source unlocked the domain")
@@ -629,6 +632,14 @@ class MigrationJob:
         if finished is not None:
             self._rolled_back.append("the destination ended its receiver")
         return finished
+
+    async def _cancel_unheard(self, plan: Plan, passport: bytes) -> None:
+        """Let a destination whose answer to prepare was lost release what it may have reserved; asked once."""
+        with anyio.move_on_after(_CANCEL_S):
+            try:
+                await plan.destination.host.decide(_with_kind(passport, PaperKind.CANCEL))
+            except FerrymanError as error:
+                _log.info("the destination could not be told that prepare was cancelled: %s", error)
 
     async def _watch_time(self, limit_s: float, action: TimeoutAction) -> None:
         """Do what was asked for with a transfer that takes too long."""
