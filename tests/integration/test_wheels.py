@@ -95,7 +95,11 @@ def test_the_drivers_that_are_written_are_registered_and_no_others(wheels: dict[
     assert "[ferryman.drivers]\ntest = ferryman.testing.simulator:SimulatedDriver\n" in core
     assert "[ferryman.drivers]\nqemu = ferryman_qemu.driver:QemuDriver\n" in qemu
     assert wheels["plugins/xen"].entry_points == ""
-    assert wheels["plugins/remote"].entry_points == ""
+    remote = wheels["plugins/remote"].entry_points
+    assert "ferrymand = ferryman_remote.daemon.main:main\n" in remote
+    for transport in ("tcp", "tls", "unix"):
+        assert f"{transport} = ferryman_remote.driver:RemoteDriver\n" in remote
+    assert "[ferryman.drivers]" not in remote
 
 
 @pytest.mark.parametrize("folder", DISTRIBUTIONS)

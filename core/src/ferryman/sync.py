@@ -103,12 +103,13 @@ def _iterate(call: Callable[[Callable[[], Awaitable[T]]], T], stream: AsyncItera
             return
 
 
-def connect(uri: str | ConnectionURI) -> Connection:
+def connect(uri: str | ConnectionURI, *, address: str | None = None) -> Connection:
     """Make the connection to a host; it opens when it is entered with ``with``.
 
+    :param address: connection URI by which other hosts reach this one through the caller; None is what the driver says.
     :raises URIError: the URI is malformed.
     """
-    return Connection(_async.connect(uri))
+    return Connection(_async.connect(uri, address=address))
 
 
 class Connection:
@@ -143,6 +144,10 @@ class Connection:
     def list_domains(self) -> list[Domain]:
         """See :meth:`ferryman.connection.Connection.list_domains`."""
         return [Domain(self, domain) for domain in self._call(self._connection.list_domains)]
+
+    def list_domain_infos(self) -> list[DomainInfo]:
+        """See :meth:`ferryman.connection.Connection.list_domain_infos`."""
+        return self._call(self._connection.list_domain_infos)
 
     def lookup_by_name(self, name: str) -> Domain:
         """See :meth:`ferryman.connection.Connection.lookup_by_name`."""
@@ -483,6 +488,10 @@ class MigrationJob:
     def switch_to_postcopy(self) -> None:
         """See :meth:`ferryman.migration.MigrationJob.switch_to_postcopy`."""
         self._call(self._running().switch_to_postcopy)
+
+    def suspend(self) -> None:
+        """See :meth:`ferryman.migration.MigrationJob.suspend`."""
+        self._call(self._running().suspend)
 
     def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
         try:
