@@ -77,7 +77,7 @@ def assert_at_fault(
     ("uri", "name", "advice"),
     [
         ("nosuch:///system", "nosuch", "ferryman-nosuch"),
-        ("test+tls://beta/system", "tls", "ferryman-remote"),
+        ("test+ssh://beta/system", "ssh", "ferryman-remote"),
         # The scheme's own driver is not asked where the URI names a transport.
         ("nosuch+carrier://beta/system", "carrier", "ferryman-remote"),
     ],

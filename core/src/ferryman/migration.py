@@ -31,6 +31,7 @@ from ferryman.engine import Confirmed, Finished, Performed, Prepared, new_migrat
 from ferryman.errors import (
     BeginError,
     ConfirmError,
+    ConnectionClosedError,
     DomainNotFoundError,
     DomainStateError,
     FerrymanError,
@@ -446,10 +447,10 @@ class MigrationJob:
                     paused=begun.paused or plan.effective.paused,
                 )
             self._check_abort(Phase.PREPARE, Side.DESTINATION)
-        except FerrymanError:
+        except FerrymanError as error:
             if prepared is not None:
                 await self._cancel_destination(plan, prepared.cookie)
-            else:
+            elif isinstance(error.__cause__, ConnectionClosedError):
                 await self._cancel_unheard(plan, begun.cookie)
             self._rolled_back.append("the destination released its reservation")
             await self._give_up(plan, begun.id)
