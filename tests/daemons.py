@@ -60,6 +60,7 @@ def daemon(directory: Path, **config: object) -> Iterator[Daemon]:
     settings: dict[str, object] = {
         "schemes": ["qemu", "test"],
         "socket_directory": str(directory),
+        "allowed_uris": ["qemu:///embed[?]root=*", "test:///*", "nosuch:///*"],
         "tcp_listen": "127.0.0.1:0",
         "tcp_without_encryption": True,
         "log_level": "DEBUG",

@@ -67,7 +67,13 @@ async def test_what_is_wrong_ends_before_a_page_moves(
             await anyio.to_thread.run_sync(field.wait_ticks, 20)
             assert field.emulators(field.roots[1]) == []
             # A source that was made to send in plain sends until it is cut off; nobody reads what it has sent.
-            assert plain == "source" or [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
+            if plain == "source":
+                # What a source that was made to send in plain gets into the kernel's buffers until it is cut off is a
+                # matter of speed. The receiver takes the first of it for what it is, and reads no more.
+                (log,) = field.roots[1].rglob("*.log")
+                assert "TLS handshake failed: An unexpected TLS packet was received" in log.read_text()
+            else:
+                assert [relay.passed_bytes < _HANDSHAKE_BYTES for relay in relays] == [True]
             await domain.destroy()
     field.assert_unbroken(crossings=0)
 

@@ -184,7 +184,8 @@ def test_without_root_the_tests_stop_and_name_the_command(machine: Machine) -> N
     machine.programs = {"apt-get", "qemu-system-x86_64", "nasm", "ip", "iptables-restore"}
     with pytest.raises(
         SetupError,
-        match="--no-install-recommends qemu-utils busybox-static swtpm virtinst libvirt-clients qemu-guest-agent python3-libvirt\n",
+        match="--no-install-recommends qemu-utils busybox-static swtpm virtinst libvirt-clients"
+        " qemu-guest-agent python3-libvirt\n",
     ):
         bootstrap.set_up(machine.root, "test")
     assert bootstrap.python_ready(machine.root, "test")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,21 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.abc
 import pytest
 
 import ferryman_remote.link
 from ferryman.testing import forget_world
 from ferryman_remote import ferry, protocol
+from ferryman_remote.daemon import calls  # noqa: F401 - it fills the registry of answers
+from ferryman_remote.daemon.answers import ANSWERS
 from ferryman_remote.daemon.hosts import Hosts
 from ferryman_remote.daemon.session import Limits, serve
 from ferryman_remote.protocol import KEEPALIVE_PROGRAM, PROCEDURES, REMOTE_PROGRAM, RemoteError
-from ferryman_remote.sockets import PlainStream, accept, connect_unix, listen_unix
+from ferryman_remote.sockets import PlainStream, accept, connect_unix, listen_tcp, listen_unix
 from ferryman_remote.wire import Packet, PacketReader, PacketType, Status
 from ferryman_remote.xdr import decode, encode
 
 NUMBERS = {procedure.name: procedure.number for procedure in PROCEDURES.values()}
 LIMITS = Limits(opening_s=20.0)
-LAB = "test://session/host"
+LAB = "test:///session/host"
+DOMAIN = (
+    "<domain type='test'><name>web</name><uuid>00000000-0000-4000-8000-000000000001</uuid>"
+    "<memory unit='MiB'>8</memory><vcpu>1</vcpu></domain>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +109,15 @@ async def served(
     place = Served(directory / "socket")
     try:
         async with anyio.create_task_group() as tasks:
-            hosts = Hosts(tasks, lambda uri: None, default=LAB, features=frozenset({1, 3, 6, 13}))
+            hosts = Hosts(
+                tasks,
+                lambda uri: None,
+                default=LAB,
+                features=frozenset({1, 3, 6, 13}),
+                allows=lambda uri: not uri.params,
+            )
 
-            async def session(stream: PlainStream) -> None:
+            async def session(stream: PlainStream, _peer: object) -> None:
                 await serve(stream, hosts, limits, who="a client", read_only=read_only)
                 place.ended += 1
 
@@ -151,6 +166,8 @@ async def test_the_order_of_calls(tmp_path: Path) -> None:
         assert (await client.error())[:2] == (5, 0)
         await client.send("CONNECT_OPEN", "no uri", 0)
         assert (await client.error()).code == 8
+        await client.send("CONNECT_OPEN", "test:///session/host?root=/", 0)
+        assert "is not served here" in ((await client.error()).message or "")
         await client.open()
         await client.send("CONNECT_OPEN", LAB, 0)
         assert (await client.error()).message == "connection already open"
@@ -199,6 +216,66 @@ async def test_unknown_and_malformed_calls(tmp_path: Path) -> None:
                 Packet(ferry.PROGRAM, 1, ferry.Number.HOST, PacketType.CALL, 3000, payload=call).pack()
             )
             assert (await client.error()).code in (3, 8, 39)
+
+
+async def test_two_openings_at_once(tmp_path: Path) -> None:
+    async with served(tmp_path) as place, place.client() as client:
+        for _ in range(2):
+            await client.send("CONNECT_OPEN", LAB, 1)
+        # The second comes while the first is under way, and changes nothing of what the first has asked for.
+        answers = [await client.packet(), await client.packet()]
+        assert sorted(answer.status for answer in answers) == [Status.OK, Status.ERROR]
+        await client.send("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
+        await client.ok()
+        async with place.client() as other:
+            await other.open()
+            await other.send("DOMAIN_CREATE_XML", DOMAIN, 0)
+            await other.ok()
+        told = await client.packet()
+        assert (told.type, told.procedure) == (PacketType.EVENT, 318)
+        await client.send("DOMAIN_DEFINE_XML", DOMAIN)
+        assert (await client.error()).code == 29
+
+
+async def test_a_defect_in_the_answer_to_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    for name in ("CONNECT_GET_HOSTNAME", "CONNECT_GET_TYPE"):
+        number = NUMBERS[name]
+        monkeypatch.setitem(ANSWERS, number, replace(ANSWERS[number], body=broken))
+    async with served(tmp_path) as place, place.client() as client:
+        await client.open()
+        for name in ("CONNECT_GET_HOSTNAME", "CONNECT_GET_TYPE"):
+            await client.send(name)
+            assert (await client.error()).code == 1
+        await client.send("CONNECT_LIST_ALL_DOMAINS", 1, 0)
+        await client.ok()
+        monkeypatch.undo()
+
+
+async def test_clients_that_are_gone_before_they_are_served(tmp_path: Path) -> None:
+    """The kernel accepts for the daemon: the peer of what it hands over may have reset the connection long ago."""
+    async with anyio.create_task_group() as tasks:
+        listener = listen_tcp("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        ended = anyio.Event()
+
+        async def answer(stream: PlainStream, peer: Any) -> None:
+            raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+            raw.getpeername()  # raises where the peer is gone
+            with_room.append(peer)
+            ended.set()
+
+        with_room: list[Any] = []
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as gone:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        tasks.start_soon(accept, listener, answer)
+        with socket.create_connection(("127.0.0.1", port)) as alive, anyio.fail_after(10):
+            await ended.wait()
+            assert alive.getsockname() in with_room
+        tasks.cancel_scope.cancel()
 
 
 async def test_a_serial_that_is_used_twice(tmp_path: Path) -> None:
@@ -271,7 +348,14 @@ async def test_read_only(tmp_path: Path) -> None:
         error = await client.error()
         assert (error.code, error.domain) == (29, 20)
         assert error.message == "operation forbidden: read only access prevents DOMAIN_DEFINE_XML"
-        await client.send("CONNECT_LIST_ALL_DOMAINS", 1, 0)
+        async with place.client() as other:
+            await other.open()
+            await other.send("DOMAIN_CREATE_XML", DOMAIN, 0)
+            (dom,) = decode(protocol.OfDomain, (await other.ok()).payload)
+        for flags in (1, 8, 9):
+            await client.send("DOMAIN_GET_XML_DESC", dom, flags)
+            assert (await client.error()).code == 29
+        await client.send("DOMAIN_GET_XML_DESC", dom, 0)
         await client.ok()
         for number, name in ((ferry.Number.HOOK, "domain_define"), (ferry.Number.HOST, "begin")):
             call = encode(ferry.Call(name, b'{"definition":"<domain/>"}'))

@@ -200,7 +200,7 @@ def torn(content: bytes) -> Iterator[bytes]:
 def flipped(content: bytes) -> Iterator[bytes]:
     """A file with some bits of one byte flipped; every byte of what is short, and many of what is long."""
     chance = random.Random(len(content))
-    count = min(len(content), 250)
+    count = min(len(content), 700)
     for place in sorted(chance.sample(range(len(content)), count)):
         yield content[:place] + bytes([content[place] ^ chance.randrange(1, 256)]) + content[place + 1 :]
 

@@ -21,7 +21,7 @@ from ferryman.errors import (
     PaperError,
     PerformError,
 )
-from ferryman.handover import Cookie, PaperKind, Record, decode_cookie, encode_cookie
+from ferryman.handover import Cookie, PaperKind, Record, decode_cookie, encode_cookie, with_kind
 from ferryman.hookspecs import (
     BeginReply,
     ConfirmReply,
@@ -164,11 +164,6 @@ async def prepared(a: End, b: End) -> tuple[Begun, Prepared]:
     begun = await a.host.begin(INFO, OPTIONS)
     receipt = await b.host.prepare(begun.cookie, INFO, begun.definition, OPTIONS, paused=False)
     return begun, receipt
-
-
-def with_kind(cookie: bytes, kind: PaperKind) -> bytes:
-    read = decode_cookie(cookie)
-    return encode_cookie(Cookie(paper=replace(read.paper, kind=kind), address=read.address))
 
 
 @asynccontextmanager

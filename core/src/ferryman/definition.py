@@ -68,6 +68,13 @@ class Definition:
 
         return etree.tostring(self.root, encoding="unicode")
 
+    def without_secrets(self) -> Definition:
+        """The definition without the passwords of its displays, for those who may only look."""
+        root = copy.deepcopy(self.root)
+        for display in root.iterfind("devices/graphics[@passwd]"):
+            del display.attrib["passwd"]
+        return from_root(root)
+
     def renamed(self, name: str) -> Definition:
         """Give the definition another name.
 

@@ -557,10 +557,10 @@ class Host:
     async def mend(self, cookie: bytes) -> str:
         """Post-copy, at the destination: wait for the source anew, after the stream broke.
 
-        :returns: the migration URI where it waits.
         A guest that nobody has claimed yet may run here already, and its hypervisor may not be able to say so before
         more of its pages have come.
 
+        :returns: the migration URI where it waits.
         :raises PaperError: the cookie names no migration whose guest was ever commanded to run here.
         :raises HypervisorError: the stream is not broken, or nothing can be done about it.
         """

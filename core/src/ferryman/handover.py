@@ -711,3 +711,12 @@ def _receipt(value: object) -> Receipt | None:
     if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
         raise PaperError("the cookie's receipt is not a journal id and a sequence number")
     return Receipt(journal_id=value[0], sequence=_count(value[1], "sequence"))
+
+
+def with_kind(cookie: bytes, kind: PaperKind) -> bytes:
+    """The same paper as one of another kind.
+
+    :raises PaperError: the cookie is none.
+    """
+    read = decode_cookie(cookie)
+    return encode_cookie(Cookie(paper=replace(read.paper, kind=kind), address=read.address))

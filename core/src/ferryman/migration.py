@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -47,7 +47,7 @@ from ferryman.errors import (
     PlanStaleError,
     PrepareError,
 )
-from ferryman.handover import Cookie, PaperKind, decode_cookie, encode_cookie
+from ferryman.handover import PaperKind, decode_cookie, with_kind
 from ferryman.hookspecs import DomainRequest, ObservedEvent
 from ferryman.plan import make_plan
 from ferryman.types import (
@@ -273,7 +273,7 @@ class MigrationJob:
         source = self.plan.source.host
         if self._receipt is None or self._performed.is_set():
             return
-        finished = await self.plan.destination.host.decide(_with_kind(self._receipt, PaperKind.SWITCH))
+        finished = await self.plan.destination.host.decide(with_kind(self._receipt, PaperKind.SWITCH))
         if finished.kind is not PaperKind.PLEDGE:
             raise PerformError(
                 f"the destination does not pledge itself: {finished.reason or finished.kind.value}",
@@ -490,7 +490,7 @@ class MigrationJob:
     ) -> Performed:
         performed = Performed(
             kind=PaperKind.ASK,
-            cookie=_with_kind(prepared.cookie, PaperKind.ASK),
+            cookie=with_kind(prepared.cookie, PaperKind.ASK),
             statistics=TransferStatistics(),
             error=error,
         )
@@ -534,7 +534,7 @@ class MigrationJob:
         cookie = performed.cookie
         if self._abort_asked.is_set():
             # The proof is given, but nobody has shown it: cancelling lets the destination refuse.
-            cookie = _with_kind(cookie, PaperKind.CANCEL)
+            cookie = with_kind(cookie, PaperKind.CANCEL)
         with self._phase(Phase.FINISH, Side.DESTINATION, guest=GuestState.IN_DOUBT):
             finished = await self._ask(plan, cookie)
         if finished is None:
@@ -621,7 +621,7 @@ class MigrationJob:
         """Let the destination refuse; its lease does the same when it cannot be reached."""
         kind = decode_cookie(cookie).paper.kind
         paper = (
-            cookie if kind in (PaperKind.KEPT, PaperKind.NO_PROOF) else _with_kind(cookie, PaperKind.CANCEL)
+            cookie if kind in (PaperKind.KEPT, PaperKind.NO_PROOF) else with_kind(cookie, PaperKind.CANCEL)
         )
         try:
             finished = await self._ask(plan, paper)
@@ -638,7 +638,7 @@ class MigrationJob:
         """Let a destination whose answer to prepare was lost release what it may have reserved; asked once."""
         with anyio.move_on_after(_CANCEL_S):
             try:
-                await plan.destination.host.decide(_with_kind(passport, PaperKind.CANCEL))
+                await plan.destination.host.decide(with_kind(passport, PaperKind.CANCEL))
             except FerrymanError as error:
                 _log.info("the destination could not be told that prepare was cancelled: %s", error)
 
@@ -804,8 +804,3 @@ class MigrationJob:
             )
             for end in ends:
                 await end.hooks.observe(seen)
-
-
-def _with_kind(cookie: bytes, kind: PaperKind) -> bytes:
-    read = decode_cookie(cookie)
-    return encode_cookie(Cookie(paper=replace(read.paper, kind=kind), address=read.address))

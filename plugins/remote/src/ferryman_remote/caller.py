@@ -10,7 +10,7 @@ import anyio
 from ferryman.errors import ConnectionClosedError, FerrymanError, HypervisorError
 from ferryman_remote import ferry
 from ferryman_remote.protocol import RemoteError
-from ferryman_remote.values import load_error
+from ferryman_remote.values import ValueFormError, load_error
 from ferryman_remote.wire import Packet, PacketType, Status
 from ferryman_remote.xdr import XDRError, decode, encode
 
@@ -36,7 +36,7 @@ class _Waiting:
 class Caller:
     """Calls over one link.
 
-    :param happened: takes the payload of every event that belongs to no call.
+    :param happened: takes every event that belongs to no call; it may raise XDRError or ValueFormError.
     """
 
     def __init__(self, link: Link, happened: Callable[[Packet], None]) -> None:
@@ -62,15 +62,21 @@ class Caller:
             waiting.answer = packet
             waiting.answered.set()
         elif packet.type is PacketType.EVENT:
-            if (packet.program, packet.procedure) == (ferry.PROGRAM, ferry.Number.PROGRESS):
-                sample = decode(ferry.Progress, packet.payload)
-                called = self._waiting.get(sample.serial)
-                if called is not None and called.progress is not None:
-                    called.progress(sample.statistics)
-            else:
-                self._happened(packet)
+            try:
+                self._hear(packet)
+            except (XDRError, ValueFormError) as error:
+                self.link.cut(f"an event cannot be read: {error}")
         else:
             self.link.cut(f"a packet of type {packet.type.name}, which nobody asked for")
+
+    def _hear(self, packet: Packet) -> None:
+        if (packet.program, packet.procedure) != (ferry.PROGRAM, ferry.Number.PROGRESS):
+            self._happened(packet)
+            return
+        sample = decode(ferry.Progress, packet.payload)
+        called = self._waiting.get(sample.serial)
+        if called is not None and called.progress is not None:
+            called.progress(sample.statistics)
 
     async def call(
         self,

@@ -17,7 +17,7 @@ from ferryman.errors import (
     HypervisorError,
     NotSupportedError,
 )
-from ferryman.handover import Cookie, PaperKind, decode_cookie, encode_cookie
+from ferryman.handover import PaperKind, with_kind
 from ferryman.hookspecs import DriverHooks, HostRequest, OpenReply, OpenRequest, hook_names, hookimpl
 from ferryman.types import DomainEvent, TransferStatistics
 from ferryman_remote import ferry
@@ -26,7 +26,7 @@ from ferryman_remote.link import Link
 from ferryman_remote.transports import connect_stream
 from ferryman_remote.values import ValueFormError, dump, hints_of, load
 from ferryman_remote.wire import MAX_MESSAGE_BYTES, Packet
-from ferryman_remote.xdr import XDRError, decode
+from ferryman_remote.xdr import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,11 +90,7 @@ class Remote:
     def _happened(self, packet: Packet) -> None:
         if (packet.program, packet.procedure) != (ferry.PROGRAM, ferry.Number.EVENT):
             return
-        try:
-            self._emit(load(DomainEvent, decode(ferry.Happened, packet.payload).event))
-        except (XDRError, ValueFormError) as error:
-            assert self._caller is not None
-            self._caller.link.cut(f"an event cannot be read: {error}")
+        self._emit(load(DomainEvent, decode(ferry.Happened, packet.payload).event))
 
     async def call(
         self,
@@ -189,14 +185,7 @@ class RemoteEnd(HostEnd):
         self, cookie: bytes, domain: DomainInfo, definition: str, options: MigrationOptions, *, paused: bool
     ) -> Prepared:
         async def undo(prepared: Prepared) -> None:
-            read = decode_cookie(prepared.cookie)
-            paper = type(read.paper)(
-                kind=PaperKind.CANCEL,
-                migration_id=read.paper.migration_id,
-                generation=read.paper.generation,
-                receipt=read.paper.receipt,
-            )
-            await self.decide(encode_cookie(Cookie(paper=paper, address=read.address)))
+            await self.decide(with_kind(prepared.cookie, PaperKind.CANCEL))
 
         prepared: Prepared = await self._call(
             "prepare",

@@ -15,6 +15,8 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from ferryman_remote.contain import contained
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
@@ -160,19 +162,23 @@ def _listening(raw: socket.socket) -> socket.socket:
     return raw
 
 
-async def accept(listener: socket.socket, serve: Callable[[PlainStream], Awaitable[None]]) -> None:
-    """Serve every connection by a task of its own, until cancelled; then the listener and they are closed."""
+async def accept(listener: socket.socket, serve: Callable[[PlainStream, Any], Awaitable[None]]) -> None:
+    """Serve every connection by a task of its own, until cancelled; then the listener and they are closed.
 
-    async def serve_one(raw: socket.socket) -> None:
-        async with PlainStream(raw) as stream:
-            await serve(stream)
+    :param serve: takes the connection, and the peer's address as :meth:`socket.socket.accept` has it.
+    """
+
+    async def serve_one(raw: socket.socket, peer: Any) -> None:
+        with contained(f"serving a connection from {peer or 'a unix socket'}"):
+            async with PlainStream(raw) as stream:
+                await serve(stream, peer)
 
     with listener:
         async with anyio.create_task_group() as tasks:
             while True:
                 await anyio.wait_readable(listener)
                 try:
-                    raw, _ = listener.accept()
+                    raw, peer = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
                     continue
                 except OSError as error:
@@ -181,4 +187,4 @@ async def accept(listener: socket.socket, serve: Callable[[PlainStream], Awaitab
                     # The connection waits in the kernel until somebody has closed another one.
                     await anyio.sleep(_SHORT_WAIT_S)
                     continue
-                tasks.start_soon(serve_one, raw)
+                tasks.start_soon(serve_one, raw, peer)

@@ -53,12 +53,10 @@ class ValueFormError(ValueError):
     """What came is no value of the type that is due; the message says where."""
 
 
+@cache
 def hints_of(thing: Any) -> dict[str, Any]:
     """Annotations of a class or a function, resolved."""
     return get_type_hints(thing, None, _NAMES)
-
-
-_cached_hints = cache(hints_of)
 
 
 def dump(value: object) -> bytes:
@@ -77,6 +75,29 @@ def load(hint: Any, data: bytes, **given: object) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueFormError(f"no JSON: {error}") from error
     return _made(hint, found, "value", given)
+
+
+def load_arguments(function: Callable[..., Any], data: bytes, **given: object) -> dict[str, Any]:
+    """Read the arguments of a call by their names.
+
+    :param given: those that do not travel.
+    :raises ValueFormError: one is missing, unknown, or of another type.
+    """
+    hints = hints_of(function)
+    expected = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self"
+    }
+    found = load(dict[str, object], data)
+    unknown = sorted(found.keys() - expected.keys())
+    if unknown:
+        raise ValueFormError(f"{function.__name__} takes no {unknown[0]!r:.60}")
+    arguments = {name: _made(hints[name], value, name) for name, value in found.items()} | given
+    for name, parameter in expected.items():
+        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            raise ValueFormError(f"{function.__name__} needs {name}")
+    return arguments
 
 
 def _plain(value: object) -> object:
@@ -172,7 +193,7 @@ def _many(origin: Any, of: tuple[Any, ...], found: Any, at: str) -> Any:
 def _object(hint: Any, found: Any, at: str, given: dict[str, object]) -> Any:
     if not isinstance(found, dict):
         raise _wrong(at, hint, found)
-    hints = _cached_hints(hint)
+    hints = hints_of(hint)
     known = {each.name: each for each in fields(hint) if each.init}
     unknown = sorted(found.keys() - known.keys())
     if unknown:
@@ -217,7 +238,7 @@ def load_error(message: str, code: str, data: bytes) -> FerrymanError:
         return HypervisorError(message)
     try:
         found = json.loads(data)
-        hints = _cached_hints(cls.__init__)
+        hints = hints_of(cls.__init__)
         return cls(message, **{name: _made(hints.get(name, Any), each, name) for name, each in found.items()})
     except (ValueError, TypeError, AttributeError):
         return HypervisorError(message)

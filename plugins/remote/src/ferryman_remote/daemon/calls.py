@@ -15,7 +15,7 @@ from uuid import UUID
 
 from ferryman.connection import Domain
 from ferryman.definition import parse_definition
-from ferryman.errors import DomainNotFoundError, HypervisorError
+from ferryman.errors import HypervisorError
 from ferryman.types import DomainInfo, DomainState, DomainStatistics, DomainUUID, ShutdownMode, Tuning
 from ferryman_remote import protocol as p
 from ferryman_remote.daemon import events, moves
@@ -38,10 +38,14 @@ _STATES = {
 }
 """State and reason, as libvirt numbers them."""
 
-_DEFINE_FLAGS = 1
+_READ_ONLY = 1
+_DEFINE_VALIDATE = 1  # which is done anyway
 _CREATE_PAUSED, _CREATE_AUTODESTROY = 1, 2
-_UNDEFINE_FLAGS = 127
-_XML_FLAGS = 15
+_UNDEFINE_WITH_ALL = 1 | 2 | 4 | 16 | 32
+"""With saved states, snapshots, checkpoints, the firmware's variables and the TPM's state: what is there goes."""
+_XML_SECURE, _XML_INACTIVE, _XML_UPDATE_CPU, _XML_MIGRATABLE = 1, 2, 4, 8
+_VCPUS_MAXIMUM = 4
+_VCPUS_FLAGS = 15
 _KIB = 1024
 
 
@@ -103,8 +107,7 @@ def _need_flags(flags: int, known: int, what: str) -> None:
 async def _open(session: Session, arguments: p.ConnectOpen) -> None:
     if arguments.name is None:
         raise WireFault(Code.INTERNAL, "a connection needs a name", Of.RPC)
-    await session.open(arguments.name or session.hosts.default)
-    session.read_only = session.read_only or bool(arguments.flags & 1)
+    await session.open(arguments.name or session.hosts.default, read_only=bool(arguments.flags & _READ_ONLY))
 
 
 @_before_open("CONNECT_CLOSE")
@@ -284,7 +287,8 @@ async def _by_uuid(session: Session, arguments: p.DomainLookupByUuid) -> p.OfDom
 @answers("DOMAIN_LOOKUP_BY_ID")
 async def _by_id(session: Session, arguments: p.DomainLookupById) -> p.OfDomain:
     host = _host(session)
-    await _list_all(session, p.ConnectListAllDomains(0, 1))
+    for info in await host.connection.list_domain_infos():
+        host.id_of(info)
     uuid = host.uuid_of(arguments.id)
     if uuid is None:
         raise WireFault(
@@ -303,31 +307,22 @@ async def _define(session: Session, arguments: p.DomainDefineXml) -> p.OfDomain:
 
 @_changes("DOMAIN_DEFINE_XML_FLAGS")
 async def _define_flags(session: Session, arguments: p.DomainDefineXmlFlags) -> p.OfDomain:
-    _need_flags(arguments.flags, _DEFINE_FLAGS, "DOMAIN_DEFINE_XML_FLAGS")
+    _need_flags(arguments.flags, _DEFINE_VALIDATE, "DOMAIN_DEFINE_XML_FLAGS")
     return await _told(session, await _host(session).connection.define(arguments.xml))
-
-
-def _end_with_client(session: Session, domain: Domain, flags: int) -> None:
-    """Destroy a domain when its client leaves, where the flags ask for it."""
-
-    async def destroy() -> None:
-        try:
-            if (await domain.info()).state.active:
-                await domain.destroy()
-        except DomainNotFoundError:
-            return
-
-    if flags & _CREATE_AUTODESTROY:
-        session.leaves.append(destroy)
 
 
 @_changes("DOMAIN_CREATE_XML")
 async def _create_xml(session: Session, arguments: p.DomainCreateXml) -> p.OfDomain:
-    flags = arguments.flags
-    _need_flags(flags, _CREATE_PAUSED | _CREATE_AUTODESTROY, "DOMAIN_CREATE_XML")
-    domain = await _host(session).connection.create(arguments.xml_desc, paused=bool(flags & _CREATE_PAUSED))
-    _end_with_client(session, domain, flags)
+    how = _started_how(arguments.flags, "DOMAIN_CREATE_XML")
+    domain = await _host(session).connection.create(arguments.xml_desc, **how)
+    if how["autodestroy"]:
+        session.destroy_on_leaving(domain)
     return await _told(session, domain)
+
+
+def _started_how(flags: int, what: str) -> dict[str, bool]:
+    _need_flags(flags, _CREATE_PAUSED | _CREATE_AUTODESTROY, what)
+    return {"paused": bool(flags & _CREATE_PAUSED), "autodestroy": bool(flags & _CREATE_AUTODESTROY)}
 
 
 @_changes("DOMAIN_CREATE")
@@ -337,14 +332,21 @@ async def _create(session: Session, arguments: p.OfDomain) -> None:
 
 @_changes("DOMAIN_CREATE_WITH_FLAGS")
 async def _create_with_flags(session: Session, arguments: p.OfDomainWithFlags) -> p.OfDomain:
-    _need_flags(arguments.flags, _CREATE_PAUSED | _CREATE_AUTODESTROY, "DOMAIN_CREATE_WITH_FLAGS")
+    how = _started_how(arguments.flags, "DOMAIN_CREATE_WITH_FLAGS")
     domain = _domain(session, arguments.dom)
-    await domain.start(paused=bool(arguments.flags & _CREATE_PAUSED))
-    _end_with_client(session, domain, arguments.flags)
+    await domain.start(**how)
+    if how["autodestroy"]:
+        session.destroy_on_leaving(domain)
     return await _told(session, domain)
 
 
-@_changes("DOMAIN_DESTROY", "DOMAIN_DESTROY_FLAGS")
+@_changes("DOMAIN_DESTROY_FLAGS")
+async def _destroy_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    _need_flags(arguments.flags, 0, "DOMAIN_DESTROY_FLAGS")
+    await _destroy(session, p.OfDomain(arguments.dom))
+
+
+@_changes("DOMAIN_DESTROY")
 async def _destroy(session: Session, arguments: p.OfDomain) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).destroy()
@@ -367,11 +369,13 @@ async def _resume(session: Session, arguments: p.OfDomain) -> None:
     await _domain(session, arguments.dom).resume()
 
 
+_MODES = (ShutdownMode.DEFAULT, ShutdownMode.ACPI, ShutdownMode.AGENT, ShutdownMode.DEFAULT)
+"""By the flags, of which 1 asks for ACPI and 2 for the agent."""
+
+
 def _mode(flags: int) -> ShutdownMode:
-    _need_flags(flags, 3, "a shutdown")
-    return {0: ShutdownMode.DEFAULT, 1: ShutdownMode.ACPI, 2: ShutdownMode.AGENT, 3: ShutdownMode.DEFAULT}[
-        flags
-    ]
+    _need_flags(flags, len(_MODES) - 1, "a shutdown")
+    return _MODES[flags]
 
 
 @_changes("DOMAIN_SHUTDOWN")
@@ -399,7 +403,7 @@ async def _undefine(session: Session, arguments: p.OfDomain) -> None:
 
 @_changes("DOMAIN_UNDEFINE_FLAGS")
 async def _undefine_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
-    _need_flags(arguments.flags, _UNDEFINE_FLAGS, "DOMAIN_UNDEFINE_FLAGS")
+    _need_flags(arguments.flags, _UNDEFINE_WITH_ALL, "DOMAIN_UNDEFINE_FLAGS")
     await _domain(session, arguments.dom).undefine()
 
 
@@ -424,8 +428,18 @@ async def _set_vcpus(session: Session, arguments: p.DomainSetVcpus) -> None:
 
 @answers("DOMAIN_GET_XML_DESC")
 async def _xml(session: Session, arguments: p.OfDomainWithFlags) -> p.DomainGetXmlDescReply:
-    _need_flags(arguments.flags, _XML_FLAGS, "DOMAIN_GET_XML_DESC")
-    return p.DomainGetXmlDescReply(await _domain(session, arguments.dom).definition())
+    flags = arguments.flags
+    _need_flags(flags, _XML_SECURE | _XML_INACTIVE | _XML_UPDATE_CPU | _XML_MIGRATABLE, "DOMAIN_GET_XML_DESC")
+    if session.read_only and flags & (_XML_SECURE | _XML_MIGRATABLE):
+        raise WireFault(
+            Code.OPERATION_DENIED,
+            "operation forbidden: read only access prevents virDomainGetXMLDesc with secure flag",
+            Of.DOMAIN,
+        )
+    definition = await _domain(session, arguments.dom).definition()
+    if not flags & (_XML_SECURE | _XML_MIGRATABLE):
+        definition = parse_definition(definition).without_secrets().render()
+    return p.DomainGetXmlDescReply(definition)
 
 
 @answers("DOMAIN_GET_INFO")
@@ -476,10 +490,17 @@ async def _max_memory(session: Session, arguments: p.OfDomain) -> p.DomainGetMax
     return p.DomainGetMaxMemoryReply((await _info(session, arguments.dom)).memory_bytes // _KIB)
 
 
-@answers("DOMAIN_GET_MAX_VCPUS", "DOMAIN_GET_VCPUS_FLAGS")
+@answers("DOMAIN_GET_MAX_VCPUS")
 async def _domain_max_vcpus(session: Session, arguments: p.OfDomain) -> p.NumberReply:
     info = await _info(session, arguments.dom)
     return p.NumberReply(info.max_vcpus or info.vcpus)
+
+
+@answers("DOMAIN_GET_VCPUS_FLAGS")
+async def _vcpus(session: Session, arguments: p.OfDomainWithFlags) -> p.NumberReply:
+    _need_flags(arguments.flags, _VCPUS_FLAGS, "DOMAIN_GET_VCPUS_FLAGS")
+    info = await _info(session, arguments.dom)
+    return p.NumberReply(info.max_vcpus or info.vcpus if arguments.flags & _VCPUS_MAXIMUM else info.vcpus)
 
 
 @answers("DOMAIN_IS_ACTIVE")
@@ -676,6 +697,8 @@ def _deregister(session: Session, arguments: p.ConnectDomainEventCallbackDeregis
 # Jobs
 
 
+_DOWNTIME_MS = 300
+"""What libvirt says where nobody has set a limit."""
 _JOB_NONE, _JOB_UNBOUNDED, _JOB_COMPLETED, _JOB_FAILED = 0, 2, 3, 4
 
 
@@ -711,13 +734,20 @@ async def _job_stats(session: Session, arguments: p.OfDomainWithFlags) -> p.Doma
     return p.DomainGetJobStatsReply(_JOB_NONE, ())
 
 
-@_changes("DOMAIN_ABORT_JOB", "DOMAIN_ABORT_JOB_FLAGS")
+@_changes("DOMAIN_ABORT_JOB_FLAGS")
+async def _abort_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    _need_flags(arguments.flags, 0, "DOMAIN_ABORT_JOB_FLAGS")
+    await _abort(session, p.OfDomain(arguments.dom))
+
+
+@_changes("DOMAIN_ABORT_JOB")
 async def _abort(session: Session, arguments: p.OfDomain) -> None:
     moves.running(_host(session), _uuid(arguments.dom)).job.abort()
 
 
 @_changes("DOMAIN_MIGRATE_SET_MAX_DOWNTIME")
 async def _set_downtime(session: Session, arguments: p.DomainMigrateSetMaxDowntime) -> None:
+    _need_flags(arguments.flags, 0, "DOMAIN_MIGRATE_SET_MAX_DOWNTIME")
     move = moves.running(_host(session), _uuid(arguments.dom))
     await move.job.set_max_downtime(arguments.downtime)
     move.max_downtime_ms = arguments.downtime
@@ -729,7 +759,8 @@ async def _get_downtime(
 ) -> p.DomainMigrateGetMaxDowntimeReply:
     await _active(session, arguments.dom)
     move = _host(session).moves.get(_uuid(arguments.dom))
-    return p.DomainMigrateGetMaxDowntimeReply(move.max_downtime_ms or 300 if move is not None else 300)
+    asked_ms = move.max_downtime_ms if move is not None else None
+    return p.DomainMigrateGetMaxDowntimeReply(_DOWNTIME_MS if asked_ms is None else asked_ms)
 
 
 @_changes("DOMAIN_MIGRATE_SET_MAX_SPEED")
@@ -755,6 +786,7 @@ async def _get_speed(session: Session, arguments: p.OfDomainWithFlags) -> p.Doma
 
 @_changes("DOMAIN_MIGRATE_START_POST_COPY")
 async def _start_postcopy(session: Session, arguments: p.OfDomainWithFlags) -> None:
+    _need_flags(arguments.flags, 0, "DOMAIN_MIGRATE_START_POST_COPY")
     await moves.running(_host(session), _uuid(arguments.dom)).job.switch_to_postcopy()
 
 
@@ -763,53 +795,47 @@ async def _start_postcopy(session: Session, arguments: p.OfDomainWithFlags) -> N
 
 @_changes("DOMAIN_MIGRATE_PREPARE")
 async def _prepare1(session: Session, arguments: p.DomainMigratePrepare) -> p.DomainMigratePrepareReply:
-    shown, address = await moves.prepare(session, _host(session), arguments.dname, None, None)
+    shown, address = await moves.prepare(session, arguments.dname, None, None)
     return p.DomainMigratePrepareReply(shown, arguments.uri_in or address)
 
 
 @_changes("DOMAIN_MIGRATE_PREPARE2")
 async def _prepare2(session: Session, arguments: p.DomainMigratePrepare2) -> p.DomainMigratePrepare2Reply:
-    shown, address = await moves.prepare(session, _host(session), arguments.dname, arguments.dom_xml, None)
+    shown, address = await moves.prepare(session, arguments.dname, arguments.dom_xml, None)
     return p.DomainMigratePrepare2Reply(shown, arguments.uri_in or address)
 
 
 @_changes("DOMAIN_MIGRATE_PERFORM")
 async def _perform1(session: Session, arguments: p.DomainMigratePerform) -> None:
-    uuid, flags = _uuid(arguments.dom), arguments.flags
-    if flags & moves.PEER2PEER:
-        parameters = moves.parameters_of(name=arguments.dname, mib_per_s=arguments.resource)
-        await moves.perform_by_itself(session, _host(session), uuid, arguments.uri, flags, parameters)
-        return
-    parameters = moves.parameters_of(uri=arguments.uri, name=arguments.dname, mib_per_s=arguments.resource)
-    await moves.perform(session, _host(session), uuid, arguments.cookie, flags, parameters)
+    # One field of the message is where the other host is asked, or where the guest is sent.
+    by_itself = bool(arguments.flags & moves.Flag.PEER2PEER)
+    parameters = moves.parameters_of(
+        uri=None if by_itself else arguments.uri, name=arguments.dname, mib_per_s=arguments.resource
+    )
+    address = arguments.uri if by_itself else None
+    await _performed(session, arguments.dom, address, arguments.cookie, arguments.flags, parameters)
 
 
 @_changes("DOMAIN_MIGRATE_FINISH")
 async def _finish1(session: Session, arguments: p.DomainMigrateFinish) -> p.DomainMigrateFinishReply:
-    domain = await moves.finish(session, _host(session), arguments.dname, arguments.cookie, cancelled=False)
+    domain = await moves.finish(session, arguments.dname, arguments.cookie, cancelled=False)
     return p.DomainMigrateFinishReply((await _told(session, domain)).dom)
 
 
 @_changes("DOMAIN_MIGRATE_FINISH2")
 async def _finish2(session: Session, arguments: p.DomainMigrateFinish2) -> p.DomainMigrateFinish2Reply:
-    domain = await moves.finish(
-        session, _host(session), arguments.dname, arguments.cookie, cancelled=arguments.retcode != 0
-    )
+    domain = await moves.finish(session, arguments.dname, arguments.cookie, cancelled=arguments.retcode != 0)
     return p.DomainMigrateFinish2Reply((await _told(session, domain)).dom)
 
 
 @_changes("DOMAIN_MIGRATE_BEGIN3")
 async def _begin3(session: Session, arguments: p.DomainMigrateBegin3) -> p.MigrateBeginReply:
-    return p.MigrateBeginReply(
-        *await moves.begin(session, _host(session), _uuid(arguments.dom), arguments.xmlin)
-    )
+    return p.MigrateBeginReply(*await moves.begin(_host(session), _uuid(arguments.dom), arguments.xmlin))
 
 
 @_changes("DOMAIN_MIGRATE_PREPARE3")
 async def _prepare3(session: Session, arguments: p.DomainMigratePrepare3) -> p.MigratePrepareReply:
-    shown, address = await moves.prepare(
-        session, _host(session), arguments.dname, arguments.dom_xml, arguments.cookie_in
-    )
+    shown, address = await moves.prepare(session, arguments.dname, arguments.dom_xml, arguments.cookie_in)
     return p.MigratePrepareReply(shown, arguments.uri_in or address)
 
 
@@ -831,19 +857,19 @@ async def _performed(
     flags: int,
     parameters: tuple[TypedParameter, ...],
 ) -> p.CookieReply:
-    host, uuid = _host(session), _uuid(dom)
-    if flags & moves.PEER2PEER:
+    domain = _domain(session, dom)
+    if flags & moves.Flag.PEER2PEER:
         if address is None:
             raise WireFault(Code.INVALID_ARG, "invalid argument: no URI of the destination")
-        await moves.perform_by_itself(session, host, uuid, address, flags, parameters)
+        await moves.perform_by_itself(session, domain, address, flags, parameters)
         return p.CookieReply(b"")  # a client of this kind takes no cookie
-    return p.CookieReply(await moves.perform(session, host, uuid, shown, flags, parameters))
+    return p.CookieReply(await moves.perform(_host(session), domain, shown, flags, parameters))
 
 
 @_changes("DOMAIN_MIGRATE_FINISH3")
 async def _finish3(session: Session, arguments: p.DomainMigrateFinish3) -> p.MigrateFinishReply:
     domain = await moves.finish(
-        session, _host(session), arguments.dname, arguments.cookie_in, cancelled=arguments.cancelled != 0
+        session, arguments.dname, arguments.cookie_in, cancelled=arguments.cancelled != 0
     )
     return p.MigrateFinishReply((await _told(session, domain)).dom, moves.cookie())
 
@@ -863,7 +889,7 @@ def _text(parameters: tuple[TypedParameter, ...], name: str) -> str | None:
 @_changes("DOMAIN_MIGRATE_BEGIN3_PARAMS")
 async def _begin3_params(session: Session, arguments: p.DomainMigrateBegin3Params) -> p.MigrateBeginReply:
     given = _text(arguments.params, "destination_xml")
-    return p.MigrateBeginReply(*await moves.begin(session, _host(session), _uuid(arguments.dom), given))
+    return p.MigrateBeginReply(*await moves.begin(_host(session), _uuid(arguments.dom), given))
 
 
 @_changes("DOMAIN_MIGRATE_PREPARE3_PARAMS")
@@ -871,7 +897,7 @@ async def _prepare3_params(
     session: Session, arguments: p.DomainMigratePrepare3Params
 ) -> p.MigratePrepareReply:
     name, definition = (_text(arguments.params, each) for each in ("destination_name", "destination_xml"))
-    shown, address = await moves.prepare(session, _host(session), name, definition, arguments.cookie_in)
+    shown, address = await moves.prepare(session, name, definition, arguments.cookie_in)
     return p.MigratePrepareReply(shown, _text(arguments.params, "migrate_uri") or address)
 
 
@@ -887,7 +913,5 @@ async def _finish3_params(session: Session, arguments: p.DomainMigrateFinish3Par
     name = _text(arguments.params, "destination_name")
     if name is None:
         raise WireFault(Code.INVALID_ARG, "invalid argument: no destination_name")
-    domain = await moves.finish(
-        session, _host(session), name, arguments.cookie_in, cancelled=arguments.cancelled != 0
-    )
+    domain = await moves.finish(session, name, arguments.cookie_in, cancelled=arguments.cancelled != 0)
     return p.MigrateFinishReply((await _told(session, domain)).dom, moves.cookie())

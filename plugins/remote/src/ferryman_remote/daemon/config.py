@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ferryman_remote.daemon.session import Limits
 from ferryman_remote.transports import TCP_PORT, runtime_directory
 from ferryman_remote.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
 
+if TYPE_CHECKING:
+    from ferryman.uri import ConnectionURI
+
 PROTOCOLS = ("v1", "v2", "v3", "params")
 _FEATURES = {"v1": (1,), "v2": (3, 11), "v3": (6, 7), "params": (13,)}
 _P2P = 4
 _TYPED_STRINGS = 9
+_LIMITS = Limits()
 
 
 class ConfigError(ValueError):
@@ -32,6 +37,8 @@ class Config:
     :param schemes: whose sockets libvirt's clients find by themselves; empty is those of every installed driver.
     :param socket_directory: where they lie.
     :param default_uri: the host of clients that name none.
+    :param allowed_uris: patterns of connection URIs that clients may open; empty is every one that has no parameters.
+        ``default_uri`` and ``hosts`` are allowed.
     :param hosts: that are opened at the start, so that what an earlier daemon left open there is settled.
     :param address: ``tls://host:port`` or ``tcp://host:port`` by which other hosts reach this daemon; '' is that of a
         listener, the encrypted one first.
@@ -48,6 +55,7 @@ class Config:
     schemes: tuple[str, ...] = ()
     socket_directory: str = field(default_factory=lambda: str(runtime_directory()))
     default_uri: str = "qemu:///system"
+    allowed_uris: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     address: str = ""
     tcp_listen: str = ""
@@ -58,19 +66,24 @@ class Config:
     migration_protocols: tuple[str, ...] = PROTOCOLS
     peer_to_peer: bool = True
     clients: int = 5000
-    calls_per_client: int = 32
-    message_bytes: int = MAX_MESSAGE_BYTES
-    opening_s: float = 30.0
-    listeners_per_client: int = 1024
-    keepalive_s: float = 5.0
-    keepalive_count: int = 5
+    calls_per_client: int = _LIMITS.calls
+    message_bytes: int = _LIMITS.message_bytes
+    opening_s: float = _LIMITS.opening_s
+    listeners_per_client: int = _LIMITS.listeners
+    keepalive_s: float = _LIMITS.keepalive_s
+    keepalive_count: int = _LIMITS.keepalive_count
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
         if self.tls_listen:
             split_address(self.tls_listen, "tls_listen")
-        if self.address and not self.address.startswith(("tcp://", "tls://")):
-            raise ConfigError(f"address must be tls://host:port or tcp://host:port, not {self.address!r:.80}")
+        if self.address:
+            scheme, _, rest = self.address.partition("://")
+            if scheme not in ("tcp", "tls"):
+                raise ConfigError(
+                    f"address must be tls://host:port or tcp://host:port, not {self.address!r:.80}"
+                )
+            split_address(rest, "address")
         if self.tcp_listen:
             split_address(self.tcp_listen, "tcp_listen")
             if not self.tcp_without_encryption:
@@ -104,6 +117,15 @@ class Config:
             keepalive_s=self.keepalive_s,
             keepalive_count=self.keepalive_count,
         )
+
+    def allows(self, uri: ConnectionURI) -> bool:
+        """Whether clients may open a host."""
+        text = uri.render()
+        if text in (self.default_uri, *self.hosts):
+            return True
+        if not self.allowed_uris:
+            return not uri.params
+        return any(fnmatchcase(text, pattern) for pattern in self.allowed_uris)
 
     @property
     def features(self) -> frozenset[int]:

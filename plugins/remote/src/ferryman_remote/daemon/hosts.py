@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -11,11 +12,12 @@ import ferryman
 from ferryman.errors import ConnectError, FerrymanError
 from ferryman.types import DomainEventKind
 from ferryman.uri import ConnectionURI
+from ferryman_remote.contain import contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from anyio.abc import TaskGroup
+    from anyio.abc import TaskGroup, TaskStatus
 
     from ferryman.connection import Connection
     from ferryman.types import DomainEvent, DomainInfo, DomainUUID
@@ -79,7 +81,8 @@ class ServedHost:
         elif event.kind in (DomainEventKind.STARTED, DomainEventKind.MIGRATED_IN):
             self._number(event.uuid)
         for listener in list(self.listeners):
-            listener(event)
+            with contained(f"telling a client of {event.kind.value} of domain {event.name}"):
+                listener(event)
 
 
 class Hosts:
@@ -88,6 +91,8 @@ class Hosts:
     :param address: makes the address by which others reach a host through this daemon.
     :param default: the host of clients that name none.
     :param features: libvirt's numbers of what hosts can do.
+    :param allows: whether clients may open a host.  Opening it makes its directory, takes its lock and settles what is
+        open there, with the daemon's own rights.
     """
 
     def __init__(
@@ -97,60 +102,61 @@ class Hosts:
         *,
         default: str,
         features: frozenset[int],
+        allows: Callable[[ConnectionURI], bool],
     ) -> None:
         self._tasks = tasks
         self._address = address
         self.default = default
         self.features = features
+        self._allows = allows
         self._hosts: dict[str, ServedHost] = {}
-        self._opening = anyio.Lock()
+        self._opening: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
 
-    def start(self, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run something that outlives the client who asked for it."""
-        self._tasks.start_soon(body)
+    def start(self, what: str, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run something that outlives the client who asked for it.
+
+        :param what: it is, for the log.
+        """
+
+        async def run() -> None:
+            with contained(what):
+                await body()
+
+        self._tasks.start_soon(run)
 
     async def get(self, text: str) -> ServedHost:
         """The host of a local connection URI.
 
-        :raises URIError: the text is none. :raises ConnectError: it is that of another daemon.
+        :raises URIError: the text is none. :raises ConnectError: it is that of another daemon, or not allowed.
         :raises FerrymanError: the host cannot be opened.
         """
         uri = ConnectionURI.parse(text)
         if uri.transport is not None:
             raise ConnectError(f"{uri} leads to another daemon, and is not served by this one")
         key = uri.render()
-        async with self._opening:
+        if not self._allows(uri):
+            raise ConnectError(f"{uri} is not served here: the daemon's allowed_uris names what is")
+        async with self._opening[key]:
             if key not in self._hosts:
-                self._hosts[key] = await self._open(uri)
+                self._hosts[key] = await self._tasks.start(self._keep, uri, key)
             return self._hosts[key]
 
-    async def _open(self, uri: ConnectionURI) -> ServedHost:
-        failures: list[FerrymanError] = []
-        opened: list[ServedHost] = []
-        ready = anyio.Event()
-        self._tasks.start_soon(self._keep, uri, opened, failures, ready)
-        await ready.wait()
-        if failures:
-            raise failures[0]
-        return opened[0]
-
     async def _keep(
-        self, uri: ConnectionURI, opened: list[ServedHost], failures: list[FerrymanError], ready: anyio.Event
+        self, uri: ConnectionURI, key: str, *, task_status: TaskStatus[ServedHost] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         """Hold a host open: entered and left by one task, as its task groups want it."""
+        host: ServedHost | None = None
         try:
             async with ferryman.connect(uri, address=self._address(uri)) as connection:
                 await connection.acquire()
-                host = ServedHost(connection)
                 with connection.events() as events:
-                    opened.append(host)
-                    ready.set()
+                    host = ServedHost(connection)
+                    task_status.started(host)
                     async for event in events:
                         host.happened(event)
         except FerrymanError as error:
-            failures.append(error)
-            if ready.is_set():
-                _log.error("the host %s was lost: %s", uri, error)
+            if host is None:
+                raise  # to whoever waits for the host
+            _log.error("the host %s was lost: %s", uri, error)
         finally:
-            self._hosts.pop(uri.render(), None)
-            ready.set()
+            self._hosts.pop(key, None)

@@ -10,7 +10,7 @@ import socket
 import stat
 import struct
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -31,9 +31,7 @@ from ferryman_remote.transports import PKI_DIRECTORY, socket_name
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
-
-    from anyio.abc import ByteStream
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger("ferrymand")
 
@@ -53,7 +51,7 @@ class Daemon:
         self._reached: tuple[str, str, int] | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Serve until cancelled; open hosts are closed then, and guests and migrations go on or wait.
+        """Serve until cancelled; then migrations are aborted safely, hosts are closed, and guests run on.
 
         :param ready: called once everything listens.
         :raises ConfigError: an address cannot be listened on.
@@ -61,7 +59,11 @@ class Daemon:
         async with AsyncExitStack() as stack:
             tasks = await stack.enter_async_context(anyio.create_task_group())
             hosts = Hosts(
-                tasks, self._address, default=self.config.default_uri, features=self.config.features
+                tasks,
+                self._address,
+                default=self.config.default_uri,
+                features=self.config.features,
+                allows=self.config.allows,
             )
             for scheme in self.config.schemes or _installed_schemes():
                 for read_only in (False, True):
@@ -108,50 +110,50 @@ class Daemon:
             scheme=uri.scheme, transport=transport, host=host, port=port, path=uri.path, params=uri.params
         ).render()
 
-    async def _serve_unix(self, hosts: Hosts, stream: PlainStream, *, read_only: bool) -> None:
+    async def _serve_unix(self, hosts: Hosts, stream: PlainStream, _peer: object, *, read_only: bool) -> None:
         raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
         found = raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         pid, uid, _ = _PEER_CREDENTIALS.unpack(found)
         if not read_only and uid not in (0, os.geteuid()):
             _log.warning("user %d, process %d, may not change anything here: refused", uid, pid)
             return
-        await self._serve(hosts, stream, f"user {uid}, process {pid}", read_only=read_only, secure=True)
+        who = f"user {uid}, process {pid}"
+        with self._place(who) as place:
+            if place:
+                await serve(stream, hosts, self.config.limits, who=who, read_only=read_only, secure=True)
 
-    async def _serve_tls(self, hosts: Hosts, context: ssl.SSLContext, stream: PlainStream) -> None:
-        host, port = stream.extra(anyio.abc.SocketAttribute.raw_socket).getpeername()[:2]
-        if not self._has_room(f"{host} port {port}"):
-            return
-        try:
-            with anyio.fail_after(self.config.opening_s):
-                encrypted, name = await as_server(stream, context, self.config.tls_allowed_names)
-        except (ConnectError, TimeoutError) as error:
-            why = str(error) or f"the handshake took longer than {self.config.opening_s:g} s"
-            _log.warning("%s port %d is refused: %s", host, port, why)
-            return
-        await self._serve(hosts, encrypted, f"{name} at {host} port {port}", read_only=False, secure=True)
-
-    async def _serve_tcp(self, hosts: Hosts, stream: PlainStream) -> None:
-        raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
-        host, port = raw.getpeername()[:2]
-        await self._serve(hosts, stream, f"{host} port {port}", read_only=False, secure=False)
-
-    def _has_room(self, who: str) -> bool:
-        """Whether one more client is served; if not, the log says who was turned away."""
-        if self._clients < self.config.clients:
-            return True
-        _log.warning("%s is one client more than %d: refused", who, self.config.clients)
-        return False
-
-    async def _serve(
-        self, hosts: Hosts, stream: ByteStream, who: str, *, read_only: bool, secure: bool
+    async def _serve_tls(
+        self, hosts: Hosts, context: ssl.SSLContext, stream: PlainStream, peer: tuple[str, int]
     ) -> None:
-        if not self._has_room(who):
+        who = f"{peer[0]} port {peer[1]}"
+        with self._place(who) as place:
+            if not place:
+                return
+            try:
+                with anyio.fail_after(self.config.opening_s):
+                    encrypted, name = await as_server(stream, context, self.config.tls_allowed_names)
+            except (ConnectError, TimeoutError) as error:
+                why = str(error) or f"the handshake took longer than {self.config.opening_s:g} s"
+                _log.warning("%s is refused: %s", who, why)
+                return
+            await serve(encrypted, hosts, self.config.limits, who=f"{name} at {who}", secure=True)
+
+    async def _serve_tcp(self, hosts: Hosts, stream: PlainStream, peer: tuple[str, int]) -> None:
+        who = f"{peer[0]} port {peer[1]}"
+        with self._place(who) as place:
+            if place:
+                await serve(stream, hosts, self.config.limits, who=who)
+
+    @contextmanager
+    def _place(self, who: str) -> Iterator[bool]:
+        """A place among the clients, or False where there is none; the log says who was turned away."""
+        if self._clients >= self.config.clients:
+            _log.warning("%s is one client more than %d: refused", who, self.config.clients)
+            yield False
             return
         self._clients += 1
         try:
-            await serve(stream, hosts, self.config.limits, who=who, read_only=read_only, secure=secure)
-        except Exception:  # noqa: BLE001 - one client's failure is nobody else's
-            _log.exception("serving %s failed", who)
+            yield True
         finally:
             self._clients -= 1
 

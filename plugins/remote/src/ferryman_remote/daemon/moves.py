@@ -19,15 +19,15 @@ Source of flags, parameters and their units: libvirt, include/libvirt/libvirt-do
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 import ferryman
 from ferryman.definition import parse_definition
-from ferryman.errors import DomainNotFoundError, FerrymanError, OptionError
+from ferryman.errors import DomainNotFoundError, FerrymanError
 from ferryman.types import (
     Compression,
     DomainUUID,
@@ -45,51 +45,60 @@ from ferryman_remote.protocol import ParameterKind, TypedParameter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ferryman.connection import Domain
     from ferryman.migration import MigrationJob
     from ferryman_remote.daemon.hosts import ServedHost
     from ferryman_remote.daemon.session import Session
 
-_log = logging.getLogger(__name__)
-
 MIB = 1 << 20
-_MAX_BANDWIDTH_MIB_PER_S = (1 << 50) // MIB
 
-LIVE = 1
-PEER2PEER = 2
-TUNNELLED = 4
-PERSIST_DEST = 8
-UNDEFINE_SOURCE = 16
-PAUSED = 32
-NON_SHARED_DISK = 64
-NON_SHARED_INC = 128
-CHANGE_PROTECTION = 256
-UNSAFE = 512
-COMPRESSED = 2048
-AUTO_CONVERGE = 8192
-POSTCOPY = 32768
-TLS = 65536
-PARALLEL = 131072
-SYNCHRONOUS_WRITES = 262144
-ZEROCOPY = 1048576
-_HONOURED = (
-    LIVE
-    | PEER2PEER
-    | PERSIST_DEST
-    | UNDEFINE_SOURCE
-    | PAUSED
-    | NON_SHARED_DISK
-    | NON_SHARED_INC
-    | CHANGE_PROTECTION
-    | UNSAFE
-    | COMPRESSED
-    | AUTO_CONVERGE
-    | POSTCOPY
-    | TLS
-    | PARALLEL
-    | SYNCHRONOUS_WRITES
-    | ZEROCOPY
-)
-_NAMED = {TUNNELLED: "--tunnelled", 1024: "--offline", 4096: "--abort-on-error", 16384: "--rdma-pin-all"}
+
+class Flag(IntFlag):
+    """What a client asks of a migration beside its parameters."""
+
+    LIVE = 1
+    PEER2PEER = 2
+    TUNNELLED = 4
+    PERSIST_DEST = 8
+    UNDEFINE_SOURCE = 16
+    PAUSED = 32
+    NON_SHARED_DISK = 64
+    NON_SHARED_INC = 128
+    CHANGE_PROTECTION = 256
+    UNSAFE = 512
+    OFFLINE = 1024
+    COMPRESSED = 2048
+    ABORT_ON_ERROR = 4096
+    AUTO_CONVERGE = 8192
+    RDMA_PIN_ALL = 16384
+    POSTCOPY = 32768
+    TLS = 65536
+    PARALLEL = 131072
+    SYNCHRONOUS_WRITES = 262144
+    POSTCOPY_RESUME = 524288
+    ZEROCOPY = 1048576
+
+
+_REFUSED = {
+    Flag.TUNNELLED: "--tunnelled",
+    Flag.OFFLINE: "--offline",
+    Flag.ABORT_ON_ERROR: "--abort-on-error",
+    Flag.RDMA_PIN_ALL: "--rdma-pin-all",
+    Flag.POSTCOPY_RESUME: "--postcopy-resume",
+}
+"""What is not served, as virsh calls it; the last is done here by itself."""
+
+_KNOWN = sum(Flag)
+
+_SWITCHES = {
+    Flag.PAUSED: "paused",
+    Flag.PERSIST_DEST: "persist",
+    Flag.UNDEFINE_SOURCE: "undefine_source",
+    Flag.AUTO_CONVERGE: "auto_converge",
+    Flag.TLS: "tls",
+    Flag.ZEROCOPY: "zero_copy",
+    Flag.SYNCHRONOUS_WRITES: "copy_synchronously",
+}
 
 _TEXTS = {
     "migrate_uri": "migration_uri",
@@ -107,6 +116,7 @@ _NUMBERS = {
     "parallel.connections": "streams",
 }
 _RATES = {"bandwidth": "bandwidth_bytes_per_s", "bandwidth.postcopy": "postcopy_bandwidth_bytes_per_s"}
+_OTHER_TEXTS = ("compression", "migrate_disks")
 _DEFAULT_STREAMS = 2
 _AT_ONCE_S = 0.001
 
@@ -118,7 +128,6 @@ class Move:
     :ivar error: why it failed, or None; meaningful when it has ended.
     """
 
-    options: MigrationOptions
     began_s: float
     job: MigrationJob
     statistics: TransferStatistics | None = None
@@ -151,30 +160,23 @@ def options_of(flags: int, parameters: Sequence[TypedParameter]) -> MigrationOpt
     :raises WireFault: a flag or a parameter is not served: nothing has been done.
     :raises OptionError: a value is outside its range.
     """
-    for flag in (1 << bit for bit in range(max(flags.bit_length(), 1))):
-        if flags & flag and not flag & _HONOURED:
-            what = _NAMED.get(flag, f"the flag {flag}")
+    for bit in range(flags.bit_length()):
+        flag = flags & (1 << bit)
+        if flag in _REFUSED or flag & ~_KNOWN:
+            what = _REFUSED[Flag(flag)] if flag in _REFUSED else f"the flag {flag}"
             raise WireFault(
                 Code.ARGUMENT_UNSUPPORTED, f"argument unsupported: {what} is not served by Ferryman"
             )
-    found: dict[str, Any] = {
-        "paused": bool(flags & PAUSED),
-        "persist": bool(flags & PERSIST_DEST),
-        "undefine_source": bool(flags & UNDEFINE_SOURCE),
-        "auto_converge": bool(flags & AUTO_CONVERGE),
-        "tls": bool(flags & TLS),
-        "zero_copy": bool(flags & ZEROCOPY),
-        "copy_synchronously": bool(flags & SYNCHRONOUS_WRITES),
-    }
-    if flags & POSTCOPY:
+    found: dict[str, Any] = {option: True for flag, option in _SWITCHES.items() if flags & flag}
+    if flags & Flag.POSTCOPY:
         found["postcopy"] = Postcopy.ON_REQUEST
-    if flags & PARALLEL:
+    if flags & Flag.PARALLEL:
         found["streams"] = _DEFAULT_STREAMS
-    if flags & COMPRESSED:
+    if flags & Flag.COMPRESSED:
         found["compression"] = Compression.XBZRLE
-    if flags & (NON_SHARED_DISK | NON_SHARED_INC):
-        found["copy_storage"] = StorageCopy.FULL if flags & NON_SHARED_DISK else StorageCopy.TOP
-    if not flags & LIVE:
+    if flags & (Flag.NON_SHARED_DISK | Flag.NON_SHARED_INC):
+        found["copy_storage"] = StorageCopy.FULL if flags & Flag.NON_SHARED_DISK else StorageCopy.TOP
+    if not flags & Flag.LIVE:
         found |= {"timeout_s": _AT_ONCE_S, "timeout_action": TimeoutAction.SUSPEND}
     for parameter in parameters:
         _take(parameter, found)
@@ -183,29 +185,30 @@ def options_of(flags: int, parameters: Sequence[TypedParameter]) -> MigrationOpt
 
 def _take(parameter: TypedParameter, found: dict[str, Any]) -> None:
     name, value = parameter.field, parameter.value
-    is_text = parameter.kind is ParameterKind.STRING
-    if is_text != (name in _TEXTS or name in ("compression", "migrate_disks", "graphics_uri")) and (
-        name in _TEXTS or name in _NUMBERS or name in _RATES
-    ):
+    is_text = name in _TEXTS or name in _OTHER_TEXTS
+    if not is_text and name not in _NUMBERS and name not in _RATES:
+        raise WireFault(
+            Code.ARGUMENT_UNSUPPORTED,
+            f"argument unsupported: the parameter {name:.60} is not served by Ferryman",
+        )
+    if type(value) is not (str if is_text else int):
         raise WireFault(Code.INVALID_ARG, f"invalid argument: {name} has another type")
     if name in _TEXTS:
         found[_TEXTS[name]] = value
     elif name in _NUMBERS:
         found[_NUMBERS[name]] = value
     elif name in _RATES:
-        if value and not 0 < int(value) <= _MAX_BANDWIDTH_MIB_PER_S:
-            raise OptionError(f"{name} must be 1 to {_MAX_BANDWIDTH_MIB_PER_S} MiB/s", option=name)
-        if value:
+        if value:  # 0 is no limit
             found[_RATES[name]] = int(value) * MIB
-    elif name == "compression" and is_text and value in ("xbzrle", "zlib", "zstd"):
-        found["compression"] = Compression(value)
-    elif name == "migrate_disks" and is_text:
+    elif name == "migrate_disks":
         found["copy_disks"] = (*found.get("copy_disks", ()), value)
     else:
-        raise WireFault(
-            Code.ARGUMENT_UNSUPPORTED,
-            f"argument unsupported: the parameter {name:.60} is not served by Ferryman",
-        )
+        try:
+            found["compression"] = Compression(value)
+        except ValueError as error:
+            raise WireFault(
+                Code.ARGUMENT_UNSUPPORTED, f"argument unsupported: compression by {value:.60} is not served"
+            ) from error
 
 
 # Cookies
@@ -251,110 +254,101 @@ def own_address(host: ServedHost) -> str:
 # The phases
 
 
-async def begin(session: Session, host: ServedHost, uuid: DomainUUID, given: str | None) -> tuple[bytes, str]:
-    """Say who the source is, and what the guest's definition is; nothing is locked."""
+async def begin(host: ServedHost, uuid: DomainUUID, given: str | None) -> tuple[bytes, str]:
+    """Say who the source is, and what the guest's definition is; nothing is locked.
+
+    :param given: the definition that the client wants at the destination; None is the domain's own.
+    """
     domain = await host.connection.lookup_by_uuid(uuid)
     return cookie(source=own_address(host)), given if given is not None else await domain.definition()
 
 
 async def prepare(
-    session: Session, host: ServedHost, name: str | None, definition: str | None, shown: bytes | None
+    session: Session, name: str | None, definition: str | None, shown: bytes | None
 ) -> tuple[bytes, str]:
     """Say who the destination is; nothing is reserved.
 
     :param shown: the source's cookie; None where the protocol has none.
     :returns: the cookie, and the text that stands for a migration URI which nobody has asked for.
     """
+    host = session.host
+    assert host is not None
     if shown is not None:
         read_cookie(shown, "source")
     address = own_address(host)
     if definition is not None:
         read = parse_definition(definition)
-        session.awaited[name or read.name] = (read.uuid, await _active(host, read.uuid))
+        session.announce(name or read.name, read.uuid, active=await _active(host, read.uuid))
     return cookie(destination=address), address
 
 
 async def perform(
-    session: Session,
-    host: ServedHost,
-    uuid: DomainUUID,
-    shown: bytes,
-    flags: int,
-    parameters: Sequence[TypedParameter],
+    host: ServedHost, domain: Domain, shown: bytes, flags: int, parameters: Sequence[TypedParameter]
 ) -> bytes:
     """Migrate.  A client that goes away meanwhile aborts it."""
     address = read_cookie(shown, "destination").get("destination", "")
-    kept = tuple(each for each in parameters if (each.field, each.value) != ("migrate_uri", address))
-    await migrate(host, uuid, address, await _asked(host, uuid, flags, kept))
-    return cookie(claimed=uuid)
+    kept = [each for each in parameters if (each.field, each.value) != ("migrate_uri", address)]
+    await migrate(host, domain, address, await _asked(host, domain, flags, kept))
+    return cookie(claimed=domain.uuid)
 
 
 async def _asked(
-    host: ServedHost, uuid: DomainUUID, flags: int, parameters: Sequence[TypedParameter]
+    host: ServedHost, domain: Domain, flags: int, parameters: Sequence[TypedParameter]
 ) -> MigrationOptions:
     """The options; a definition that is the domain's own, which clients hand on from begin, asks for nothing."""
-    domain = await host.connection.lookup_by_uuid(uuid)
-    own = await domain.definition()
-    speed = host.speeds.get(uuid)
-    if speed and not any(each.field == "bandwidth" and each.value for each in parameters):
-        parameters = (*parameters, TypedParameter("bandwidth", ParameterKind.ULLONG, speed))
-    return options_of(
-        flags,
-        [
-            each
-            for each in parameters
-            if (each.field, each.value) not in (("destination_xml", own), ("destination_name", domain.name))
-        ],
-    )
+    own = (("destination_xml", await domain.definition()), ("destination_name", domain.name))
+    kept = [each for each in parameters if (each.field, each.value) not in own]
+    speed = host.speeds.get(domain.uuid)
+    if speed and not any(each.field == "bandwidth" and each.value for each in kept):
+        kept.append(TypedParameter("bandwidth", ParameterKind.ULLONG, speed))
+    return options_of(flags, kept)
 
 
 async def perform_by_itself(
-    session: Session,
-    host: ServedHost,
-    uuid: DomainUUID,
-    address: str,
-    flags: int,
-    parameters: Sequence[TypedParameter],
+    session: Session, domain: Domain, address: str, flags: int, parameters: Sequence[TypedParameter]
 ) -> None:
     """Migrate to the host of a URI; goes on when the client goes away."""
-    options = await _asked(host, uuid, flags, parameters)
-    failures: list[FerrymanError] = []
+    host = session.host
+    assert host is not None
+    options = await _asked(host, domain, flags, parameters)
+    outcome: list[Exception | None] = []
     over = anyio.Event()
 
     async def run() -> None:
         try:
-            await migrate(host, uuid, address, options)
-        except FerrymanError as error:
-            failures.append(error)
+            await migrate(host, domain, address, options)
+            outcome.append(None)
+        except (FerrymanError, WireFault) as error:
+            outcome.append(error)
         finally:
             over.set()
 
-    session.hosts.start(run)
+    session.hosts.start(f"migrating domain {domain.name} to {address}", run)
     await over.wait()
-    if failures:
-        raise failures[0]
+    if not outcome:
+        raise WireFault(Code.INTERNAL, "internal error: the daemon's log says more")
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
-async def migrate(host: ServedHost, uuid: DomainUUID, address: str, options: MigrationOptions) -> None:
+async def migrate(host: ServedHost, domain: Domain, address: str, options: MigrationOptions) -> None:
     """Migrate a domain to the host at an address.
 
     :cancellation: the job's: the safe abort.
     """
     uri = ConnectionURI.parse(address)
-    if uri.transport is None and uri.host is None:
-        raise WireFault(Code.INVALID_ARG, f"{address} leads to no other host")
-    domain = await host.connection.lookup_by_uuid(uuid)
+    if uri.transport is None:
+        raise WireFault(Code.INVALID_ARG, f"{address} leads to no daemon: write it as scheme+tls://host/path")
     async with ferryman.connect(uri) as destination:
         job = domain.migrate(destination, options)
-        move = host.moves[uuid] = Move(options=options, began_s=anyio.current_time(), job=job)
-        move.max_downtime_ms = options.max_downtime_ms
+        move = Move(began_s=anyio.current_time(), job=job, max_downtime_ms=options.max_downtime_ms)
+        host.moves[domain.uuid] = move
         try:
             async with job:
                 async for event in job.progress():
                     if isinstance(event, ProgressEvent):
                         move.statistics = event.statistics
-                result = await job.result()
-                move.downtime_ms = result.blackout_ms
+                move.downtime_ms = (await job.result()).blackout_ms
         except FerrymanError as error:
             move.error = error
             raise
@@ -362,13 +356,13 @@ async def migrate(host: ServedHost, uuid: DomainUUID, address: str, options: Mig
             move.ended_s = anyio.current_time()
 
 
-async def finish(
-    session: Session, host: ServedHost, name: str, shown: bytes, *, cancelled: bool
-) -> ferryman.Domain:
+async def finish(session: Session, name: str, shown: bytes, *, cancelled: bool) -> Domain:
     """Say whether the guest is here.
 
     A client that believes the migration failed is told otherwise where the guest that it announced has come.
     """
+    host = session.host
+    assert host is not None
     if cancelled:
         announced = session.awaited.get(name)
         if announced is not None and not announced[1] and await _active(host, announced[0]):

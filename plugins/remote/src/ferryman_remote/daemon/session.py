@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import anyio
 
+from ferryman.connection import Domain
+from ferryman.definition import parse_definition
 from ferryman.engine import HostEnd
-from ferryman.errors import FerrymanError, HostBusyError, NotSupportedError
+from ferryman.errors import DomainNotFoundError, FerrymanError, HostBusyError, NotSupportedError
 from ferryman.hookspecs import DriverHooks, hook_names
-from ferryman.types import DomainUUID
+from ferryman.types import DomainInfo, DomainUUID
 from ferryman_remote import ferry
 from ferryman_remote.daemon.answers import ANSWERS, CLOSE, Answer
 from ferryman_remote.daemon.errors import Code, Of, WireFault, fault, told, told_to_ferryman
+from ferryman_remote.daemon.events import packets_of
 from ferryman_remote.link import Link
 from ferryman_remote.protocol import REMOTE_PROGRAM, RemoteError, Void
-from ferryman_remote.values import ValueFormError, dump, hints_of, load
+from ferryman_remote.values import ValueFormError, dump, hints_of, load, load_arguments
 from ferryman_remote.wire import MAX_MESSAGE_BYTES, Packet, PacketType, Status
 from ferryman_remote.xdr import XDRError, decode, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from anyio.abc import ByteStream, TaskGroup
 
@@ -34,23 +39,8 @@ _log = logging.getLogger(__name__)
 
 _WAITING_PER_CALL = 8
 _OPENING_BYTES = 65_536
-_END_METHODS = frozenset(
-    {
-        "begin",
-        "expect",
-        "prepare",
-        "perform",
-        "decide",
-        "confirm",
-        "inquire",
-        "switch",
-        "mend",
-        "give_up",
-        "tune",
-        "renew",
-        "resolve",
-    }
-)
+_AWAITED = 256
+_END_METHODS = frozenset(name for name, _ in inspect.getmembers(HostEnd, inspect.iscoroutinefunction))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +92,6 @@ class Session:
     host: ServedHost | None = None
     uri: str = ""
     listeners: dict[int, Listener] = field(default_factory=dict)
-    tells_closing: bool = False
     leaves: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     """What is done when the client is gone."""
     awaited: dict[str, tuple[DomainUUID, bool]] = field(default_factory=dict)
@@ -114,7 +103,8 @@ class Session:
         self._calls: dict[int, anyio.CancelScope] = {}
         self._room = anyio.Semaphore(self.limits.calls)
         self._waiting_room = anyio.Semaphore(self.limits.calls * _WAITING_PER_CALL)
-        self._opened = anyio.Event()
+        self._asked = anyio.Event()
+        self._opening = anyio.Lock()
         self._next_listener = 0
 
     async def run(self) -> None:
@@ -138,7 +128,7 @@ class Session:
 
     async def _watch_opening(self) -> None:
         with anyio.move_on_after(self.limits.opening_s):
-            await self._opened.wait()
+            await self._asked.wait()
             return
         self.link.cut(f"it asked for no host within {self.limits.opening_s:g} s")
 
@@ -166,7 +156,10 @@ class Session:
                 self._refuse(packet, Code.RPC, f"unknown procedure: {packet.procedure}")
                 return
             if not answer.waits:
-                self._answer_at_once(packet, answer)
+                with self._answering(packet):
+                    self._reply(packet, answer.body(self, self._arguments(packet, answer)))
+                if packet.procedure == CLOSE:
+                    self.link.finish()
                 return
         await self._waiting_room.acquire()
         scope = self._calls[packet.serial] = anyio.CancelScope()
@@ -174,40 +167,40 @@ class Session:
 
     async def _run_call(self, packet: Packet, scope: anyio.CancelScope) -> None:
         try:
-            with scope:
+            with scope, self._answering(packet):
                 async with self._room:
                     if packet.program == ferry.PROGRAM:
-                        await self._answer_ferryman(packet)
+                        self._reply(packet, await self._ferryman(packet))
                     else:
-                        await self._answer_libvirt(packet)
+                        answer = ANSWERS[packet.procedure]
+                        self._reply(packet, await answer.body(self, self._arguments(packet, answer)))
             if scope.cancelled_caught:
                 self._refuse(packet, Code.OPERATION_ABORTED, "the call was cancelled")
-        except Exception:  # noqa: BLE001 - a defect of ours answers one call, and ends neither this client nor others
-            _log.exception("call %d of %s failed", packet.procedure, self.who)
-            self._refuse(packet, Code.INTERNAL, "internal error: the daemon's log says more")
         finally:
             del self._calls[packet.serial]
             self._waiting_room.release()
 
-    def _answer_at_once(self, packet: Packet, answer: Answer) -> None:
+    @contextmanager
+    def _answering(self, packet: Packet) -> Iterator[None]:
+        """Answer a call with what its answering raises."""
         try:
-            self._reply(packet, answer.body(self, self._arguments(packet, answer)))
-        except WireFault as error:
-            self._reply_error(packet, fault(error))
-        if packet.procedure == CLOSE:
-            self.link.finish()
-
-    async def _answer_libvirt(self, packet: Packet) -> None:
-        answer = ANSWERS[packet.procedure]
-        try:
-            self._reply(packet, await answer.body(self, self._arguments(packet, answer)))
+            yield
         except WireFault as error:
             self._reply_error(packet, fault(error))
         except FerrymanError as error:
-            self._reply_error(packet, told(error))
+            self._reply_error(
+                packet, told_to_ferryman(error) if packet.program == ferry.PROGRAM else told(error)
+            )
+        except (XDRError, ValueFormError) as error:
+            self._refuse(packet, Code.RPC, f"Unable to decode message payload: {error}")
+        except Exception:  # noqa: BLE001
+            # A client has other calls under way, and one of them may be a migration, which would be aborted with the
+            # session. So a defect in the answer to one call is that call's answer, and the log has its traceback.
+            _log.exception("call %d of %s failed", packet.procedure, self.who)
+            self._refuse(packet, Code.INTERNAL, "internal error: the daemon's log says more")
 
     def _arguments(self, packet: Packet, answer: Answer) -> tuple[Any, ...]:
-        """What a call says. :raises WireFault: it may not be made, or cannot be read."""
+        """What a call says. :raises WireFault: it may not be made. :raises XDRError: it cannot be read."""
         if answer.needs_host and self.host is None:
             raise WireFault(Code.INTERNAL, "hypervisor connection not open", Of.RPC)
         if answer.writes and self.read_only:
@@ -216,10 +209,7 @@ class Session:
                 f"operation forbidden: read only access prevents {answer.procedure.name}",
                 Of.DOMAIN,
             )
-        try:
-            return decode(answer.procedure.arguments, packet.payload)
-        except XDRError as error:
-            raise WireFault(Code.RPC, f"Unable to decode message payload: {error}", Of.RPC) from error
+        return decode(answer.procedure.arguments, packet.payload)
 
     def _reply(self, packet: Packet, result: tuple[Any, ...] | None) -> None:
         payload = encode(result) if result else b""
@@ -235,18 +225,10 @@ class Session:
 
     # Ferryman's program
 
-    async def _answer_ferryman(self, packet: Packet) -> None:
-        try:
-            self._reply(packet, await self._ferryman(packet))
-        except FerrymanError as error:
-            self._reply_error(packet, told_to_ferryman(error))
-        except (XDRError, ValueFormError) as error:
-            self._refuse(packet, Code.RPC, f"Unable to decode message payload: {error}")
-
     async def _ferryman(self, packet: Packet) -> tuple[Any, ...]:
         if packet.procedure == ferry.Number.OPEN:
             opening = decode(ferry.Open, packet.payload)
-            await self.open(opening.uri)
+            await self.open(opening.uri, read_only=bool(opening.flags & 1))
             assert self.host is not None
             self.ferryman = True
             connection = self.host.connection
@@ -274,32 +256,28 @@ class Session:
         admit = {"admit": connection.host.require_free} if call.name == "domain_restore" else {}
         request = load(hints["request"], call.arguments, **admit)
         if call.name not in ferry.READS:
-            self.may_change(call.name)
+            self._need_to_change(call.name)
             await connection.acquire()
             # What is suspended while it is migrated goes on where it ends up.
             if call.name != "domain_suspend" and hasattr(request, "uuid") and hasattr(request, "name"):
                 connection.host.require_free(request.uuid, request.name)
         returned = hints["return"]
-        expects = object if returned is object else returned if isinstance(returned, type) else object
-        return await connection.hooks.call(call.name, request, expects)
+        reply = await connection.hooks.call(call.name, request, get_origin(returned) or returned)
+        if getattr(request, "autodestroy", False):
+            assert isinstance(reply, DomainInfo)
+            self.destroy_on_leaving(Domain(connection, reply.name, reply.uuid))
+        if call.name == "domain_definition" and self.read_only:
+            return parse_definition(str(reply)).without_secrets().render()
+        return reply
 
     async def _end(self, call: ferry.Call, serial: int) -> object:
         assert self.host is not None
         if call.name not in _END_METHODS:
             raise NotSupportedError(f"there is no method {call.name:.60} to call")
-        self.may_change(call.name)
-        hints = hints_of(getattr(HostEnd, call.name))
-        found = load(dict[str, object], call.arguments)
-        unknown = sorted(found.keys() - hints.keys())
-        if unknown:
-            raise ValueFormError(f"{call.name} takes no {unknown[0]!r:.60}")
-        arguments = {name: load(hints[name], dump(value)) for name, value in found.items()}
-        if call.name == "perform":
-            arguments["progress"] = partial(self._sample, serial)
-        try:
-            return await getattr(self.host.connection.host, call.name)(**arguments)
-        except TypeError as error:
-            raise ValueFormError(f"{call.name}: {error}") from error
+        self._need_to_change(call.name)
+        given = {"progress": partial(self._sample, serial)} if call.name == "perform" else {}
+        arguments = load_arguments(getattr(HostEnd, call.name), call.arguments, **given)
+        return await getattr(self.host.connection.host, call.name)(**arguments)
 
     def _sample(self, serial: int, statistics: TransferStatistics) -> None:
         self._tell(ferry.PROGRAM, ferry.Number.PROGRESS, ferry.Progress(serial, dump(statistics)))
@@ -316,20 +294,47 @@ class Session:
 
     # What it may do, and hears
 
-    def may_change(self, what: str) -> None:
+    def _need_to_change(self, what: str) -> None:
         """Refuse a change to a client that only reads."""
         if self.read_only:
             raise HostBusyError(f"this connection is read-only, and {what} changes something")
 
-    async def open(self, uri: str) -> None:
-        """Open a host for this client."""
-        if self.host is not None:
-            raise WireFault(Code.INTERNAL, "connection already open", Of.RPC)
-        self._opened.set()
-        self.host = await self.hosts.get(uri)
-        self.uri = uri
-        self.host.listeners.append(self._hear)
-        self.link.limit(self.limits.message_bytes)
+    async def open(self, uri: str, *, read_only: bool = False) -> None:
+        """Open a host for this client.
+
+        :param read_only: it asks to change nothing.
+        """
+        self._asked.set()
+        async with self._opening:
+            if self.host is not None:
+                raise WireFault(Code.INTERNAL, "connection already open", Of.RPC)
+            host = await self.hosts.get(uri)
+            self.read_only = self.read_only or read_only
+            self.host, self.uri = host, uri
+            host.listeners.append(self._hear)
+            self.link.limit(self.limits.message_bytes)
+
+    def destroy_on_leaving(self, domain: Domain) -> None:
+        """End a guest when this client is gone; the driver ends it when the daemon is."""
+
+        async def destroy() -> None:
+            try:
+                if (await domain.info()).state.active:
+                    await domain.destroy()
+            except DomainNotFoundError:
+                return
+
+        self.leaves.append(destroy)
+
+    def announce(self, name: str, uuid: DomainUUID, *, active: bool) -> None:
+        """Keep in mind that this client means to bring a guest here; of very many only the last.
+
+        :param active: the domain is active here already.
+        """
+        self.awaited.pop(name, None)
+        self.awaited[name] = (uuid, active)
+        if len(self.awaited) > _AWAITED:
+            del self.awaited[next(iter(self.awaited))]
 
     def listen(self, listener: Listener) -> int:
         """Hear of a kind of event; returns the number of the registration.
@@ -343,8 +348,6 @@ class Session:
         return self._next_listener
 
     def _hear(self, event: DomainEvent) -> None:
-        from ferryman_remote.daemon.events import packets_of
-
         assert self.host is not None
         if self.ferryman:
             self._tell(ferry.PROGRAM, ferry.Number.EVENT, ferry.Happened(dump(event)))
