@@ -139,17 +139,19 @@ def _measure_counters(report: Report, peer_names: Sequence[str], guests: int, ro
     _print_table(f"counters of {guests} guests of QEMU", report.count_ms)
 
 
-def _simulated_xml(number: int, kind: str) -> str:
+def simulated_xml(number: int, *, for_libvirt: bool) -> str:
+    """Definition of a simulated domain, for libvirt's driver of that kind or for ours."""
+    kind = "<os><type>hvm</type></os>" if for_libvirt else ""
     return (
-        f"<domain type='{kind}'><name>d{number}</name><uuid>{uuid.UUID(int=number + 1)}</uuid>"
-        "<memory unit='MiB'>8</memory><vcpu>1</vcpu><os><type>hvm</type></os></domain>"
+        f"<domain type='test'><name>d{number}</name><uuid>{uuid.UUID(int=number + 1)}</uuid>"
+        f"<memory unit='MiB'>8</memory><vcpu>1</vcpu>{kind}</domain>"
     )
 
 
 async def _count_simulated(domains: int, rounds: int) -> list[float]:
     async with ferryman.connect(f"test:///{_WORLD}/alpha") as connection:
         for number in range(domains):
-            await connection.create(_simulated_xml(number, "test").replace("<os><type>hvm</type></os>", ""))
+            await connection.create(simulated_xml(number, for_libvirt=False))
         taken_ms = []
         for _ in range(rounds + 1):
             begin_s = time.perf_counter()
@@ -168,7 +170,7 @@ def _measure_simulated(report: Report, domains: int, rounds: int) -> None:
     else:
         with tempfile.TemporaryDirectory(prefix="fb-") as directory:
             node = Path(directory, "node.xml")
-            machines = "".join(_simulated_xml(number, "test") for number in range(domains))
+            machines = "".join(simulated_xml(number, for_libvirt=True) for number in range(domains))
             node.write_text(f"<node>{machines}</node>")
             looks = "; ".join(["domstats --list-running"] * (rounds + 1))
             done = subprocess.run(
@@ -210,13 +212,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     _measure_starts(report, peer_names, arguments.rounds)
     _measure_counters(report, peer_names, arguments.guests, arguments.rounds)
     _measure_simulated(report, arguments.simulated, arguments.rounds)
-    for name, reason in report.unavailable.items():
-        print(f"{name} was not measured: {reason}")
-    _RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    _RESULTS.write_text(json.dumps({"summary": report.summary(), **asdict(report)}, indent=1))
-    print(f"figures: {_RESULTS}")
-    print(report.summary())
+    conclude(report, report.unavailable, report.summary(), _RESULTS)
     return 0
+
+
+def conclude(report: Any, unavailable: dict[str, str], summary: str, results: Path) -> None:
+    """Say what was not measured, write every figure down, and print the last line.
+
+    :param report: a data class.
+    """
+    for name, reason in unavailable.items():
+        print(f"{name} was not measured: {reason}")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps({"summary": summary, **asdict(report)}, indent=1))
+    print(f"figures: {results}")
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,10 @@ class LibvirtPeer:
         assert self._directory is not None
         return Path(self._directory.name, f"{guest.name}.xml")
 
+    def daemon(self, host: Host) -> tuple[str, int]:
+        """The socket of a host's daemon, and its process."""
+        return self._hosts[host].daemon
+
     def count_all(self, rounds: int) -> list[float]:
         looks = "; ".join(["domstats --list-running --state --cpu-total --vcpu --block"] * rounds)
         (virsh,) = self._all([self._virsh(Host.A, "--timing", looks)])
@@ -315,6 +319,12 @@ class _LibvirtHost:
     @property
     def uri(self) -> str:
         return f"qemu+unix:///system?socket={self._settings.socket_path}"
+
+    @property
+    def daemon(self) -> tuple[str, int]:
+        """The daemon's socket, and its process."""
+        assert self._libvirtd_pid is not None
+        return self._settings.socket_path, self._libvirtd_pid
 
     def wait_ready(self) -> None:
         """Wait until the daemon accepts connections.

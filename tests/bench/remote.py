@@ -11,7 +11,6 @@ Figures are medians; every sample stands in ``.cache/results/remote.json``.  Rat
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import select
@@ -23,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ from ferryman_remote import protocol
 from ferryman_remote.protocol import PROCEDURES, REMOTE_PROGRAM
 from ferryman_remote.wire import Packet, PacketReader, PacketType, Status
 from ferryman_remote.xdr import decode, encode
-from tests.bench.domains import _simulated_xml
+from tests.bench.domains import conclude, simulated_xml
 from tests.bench.peer import Direction, Host, PeerUnavailable, counter_guests
 from tests.bench.peer_libvirt import LibvirtPeer
-from tests.daemons import Daemon, daemon, virsh
+from tests.daemons import daemon, virsh
 from tests.guests.counter import CounterGuest
 from tests.guests.witness import Witness
 
@@ -214,9 +213,7 @@ async def _fill(path: Path, counts: Sequence[int]) -> None:
         uri = f"test+unix://{_world(count)}?socket={path}"
         async with ferryman.connect(uri) as connection:
             for number in range(count):
-                await connection.create(
-                    _simulated_xml(number, "test").replace("<os><type>hvm</type></os>", "")
-                )
+                await connection.create(simulated_xml(number, for_libvirt=False))
 
 
 def _world(count: int) -> str:
@@ -240,13 +237,11 @@ def _libvirtd(directory: Path, counts: Sequence[int]) -> Iterator[Served]:
         uris = {}
         for count in counts:
             node = directory / f"node-{count}.xml"
-            node.write_text(
-                f"<node>{''.join(_simulated_xml(number, 'test') for number in range(count))}</node>"
-            )
+            machines = "".join(simulated_xml(number, for_libvirt=True) for number in range(count))
+            node.write_text(f"<node>{machines}</node>")
             uris[count] = f"test://{node}"
-        host = peer._hosts[Host.A]
-        assert host._libvirtd_pid is not None
-        yield Served(host.uri.rpartition("socket=")[2], host._libvirtd_pid, uris)
+        path, pid = peer.daemon(Host.A)
+        yield Served(path, pid, uris)
     finally:
         peer.stop()
 
@@ -261,7 +256,7 @@ def _measure_migrations(report: Report, directory: Path, rounds: int) -> None:
         stack.callback(peer.stop)
         peer.start([specs["libvirtd"]])
         ends = [stack.enter_context(daemon(directory / name, log_level="INFO")) for name in "ab"]
-        uris = [_root_uri(end, directory / f"root-{number}") for number, end in enumerate(ends)]
+        uris = [end.uri(directory / f"root-{number}") for number, end in enumerate(ends)]
         spec = specs["ferrymand"]
         definition = directory / "definition.xml"
         definition.write_text(spec.domain_xml)
@@ -290,10 +285,6 @@ def _measure_migrations(report: Report, directory: Path, rounds: int) -> None:
                 raise RuntimeError(f"a guest of {whose} lost or repeated something: {seen}")
             report.add("blackout, ms", whose, *(blackout.ms for blackout in seen.blackouts))
         virsh(uris[(rounds % 2)], "destroy", spec.name)
-
-
-def _root_uri(end: Daemon, root: Path) -> str:
-    return end.uri(root)
 
 
 def _print_table(report: Report) -> None:
@@ -336,12 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.migrations and not report.unavailable:
             _measure_migrations(report, directory, arguments.migrations)
     _print_table(report)
-    for name, reason in report.unavailable.items():
-        print(f"{name} was not measured: {reason}")
-    _RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    _RESULTS.write_text(json.dumps({"summary": report.summary(), **asdict(report)}, indent=1))
-    print(f"figures: {_RESULTS}")
-    print(report.summary())
+    conclude(report, report.unavailable, report.summary(), _RESULTS)
     return 0
 
 

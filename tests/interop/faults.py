@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -114,7 +114,7 @@ def ring(protocol: str) -> Iterator[Ring]:
         virsh(both.uri(both.at, proxied=False), "destroy", NAME)
 
 
-def run(protocol: str, sample: int | None, seed: int, say: object = None) -> int:
+def run(protocol: str, sample: int | None, seed: int, say: Callable[[str], None]) -> int:
     """Break messages of one version; returns how many.
 
     :param sample: so many of them, at random; None is every one.
@@ -131,7 +131,6 @@ def run(protocol: str, sample: int | None, seed: int, say: object = None) -> int
         if sample is not None and sample < len(cases):
             cases = random.Random(seed).sample(cases, sample)
         for case in cases:
-            if callable(say):
-                say(str(case))
+            say(str(case))
             made.migrate(case)
         return len(cases)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ferryman_remote import ferry
@@ -66,8 +66,8 @@ class Proxy:
         for each in self._sockets:
             each.close()
 
-    def _begin(self, body: object, *arguments: object) -> None:
-        thread = threading.Thread(target=body, args=arguments)  # type: ignore[arg-type]
+    def _begin(self, body: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=body, args=arguments)
         self._threads.append(thread)
         thread.start()
 
@@ -79,48 +79,54 @@ class Proxy:
                 return
             daemon = socket.create_connection(("127.0.0.1", self.target))
             self._sockets += [client, daemon]
-            calls: list[str] = []
-            self.conversations.append(calls)
-            turned: set[int] = set()
-            self._begin(self._pump, client, daemon, calls, turned)
-            self._begin(self._pump_answers, daemon, client, calls, turned)
+            talk = _Conversation(self)
+            self.conversations.append(talk.calls)
+            self._begin(_pump, client, daemon, talk.asked)
+            self._begin(_pump, daemon, client, talk.answered)
 
-    def _pump(self, client: socket.socket, daemon: socket.socket, calls: list[str], turned: set[int]) -> None:
-        try:
-            for packet in _packets(client):
-                if packet.type is PacketType.CALL and packet.program != KEEPALIVE_PROGRAM:
-                    number = len(calls)
-                    calls.append(_name(packet))
-                    fault = self.fault
-                    if fault is not None and fault.call == number and not self.struck:
-                        self.struck = True
-                        if fault.kind is Kind.LOST:
-                            break
-                        turned.add(packet.serial)
-                daemon.sendall(packet.pack())
-        except OSError:
-            pass
-        finally:
-            _cut(client)
-            _cut(daemon)
 
-    def _pump_answers(
-        self, daemon: socket.socket, client: socket.socket, calls: list[str], turned: set[int]
-    ) -> None:
-        try:
-            for packet in _packets(daemon):
-                answer = packet
-                if packet.type is PacketType.REPLY and packet.serial in turned:
-                    assert self.fault is not None
-                    if self.fault.kind is Kind.UNANSWERED:
-                        break
-                    answer = packet._replace(status=Status.ERROR, payload=encode(_ERROR))
-                client.sendall(answer.pack())
-        except OSError:
-            pass
-        finally:
-            _cut(client)
-            _cut(daemon)
+class _Conversation:
+    """One connection, and what is done to its messages: None cuts it."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._struck: set[int] = set()
+        self.calls: list[str] = []
+
+    def asked(self, packet: Packet) -> Packet | None:
+        if packet.type is not PacketType.CALL or packet.program == KEEPALIVE_PROGRAM:
+            return packet
+        number = len(self.calls)
+        self.calls.append(_name(packet))
+        fault = self._proxy.fault
+        if fault is not None and fault.call == number and not self._proxy.struck:
+            self._proxy.struck = True
+            if fault.kind is Kind.LOST:
+                return None
+            self._struck.add(packet.serial)
+        return packet
+
+    def answered(self, packet: Packet) -> Packet | None:
+        if packet.type is not PacketType.REPLY or packet.serial not in self._struck:
+            return packet
+        assert self._proxy.fault is not None
+        if self._proxy.fault.kind is Kind.UNANSWERED:
+            return None
+        return packet._replace(status=Status.ERROR, payload=encode(_ERROR))
+
+
+def _pump(source: socket.socket, sink: socket.socket, change: Callable[[Packet], Packet | None]) -> None:
+    """Pass packets on until either end closes, or one of them is lost."""
+    try:
+        with suppress(OSError):  # either end is cut at any moment, which is what this is for
+            for packet in _packets(source):
+                changed = change(packet)
+                if changed is None:
+                    break
+                sink.sendall(changed.pack())
+    finally:
+        _cut(source)
+        _cut(sink)
 
 
 def _name(packet: Packet) -> str:
@@ -137,10 +143,8 @@ def _packets(source: socket.socket) -> Iterator[Packet]:
 
 
 def _cut(each: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it is cut already
         each.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # it is cut already
 
 
 @contextmanager
