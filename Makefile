@@ -17,7 +17,7 @@ demo: ## move a running guest between two hosts on this machine
 	@$(BIN)/python -m tests.demo
 
 test: setup-test ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: setup-check lint types imports spelling docs test ## run everything that must pass before a change lands
 
