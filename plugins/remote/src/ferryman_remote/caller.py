@@ -55,7 +55,7 @@ class Caller:
 
     async def _take(self, packet: Packet) -> None:
         if packet.type is PacketType.REPLY:
-            waiting = self._waiting.get(packet.serial)
+            waiting = self._waiting.pop(packet.serial, None)
             if waiting is None:
                 self.link.cut(f"an answer to a call that was not made: serial {packet.serial}")
                 return
@@ -95,37 +95,34 @@ class Caller:
         :raises FerrymanError: what the far end raised.
         :cancellation: of Ferryman's own program: the far end is told, and its answer awaited for at most 30 s.
         """
+        serial, waiting = self._send(program, procedure, arguments, progress)
+        try:
+            await waiting.answered.wait()
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_PATIENCE_S):
+                if program == ferry.PROGRAM:
+                    self._send(ferry.PROGRAM, ferry.Number.CANCEL, ferry.Cancel(serial))
+                    await waiting.answered.wait()
+                if late is not None and waiting.answer is not None and waiting.answer.status is Status.OK:
+                    await late(self._result(waiting, result))
+            raise
+        return self._result(waiting, result)
+
+    def _send(
+        self,
+        program: int,
+        procedure: int,
+        arguments: tuple[Any, ...],
+        progress: Callable[[bytes], None] | None = None,
+    ) -> tuple[int, _Waiting]:
+        """Make a call; returns its serial, and where its answer will be, which is known until it comes."""
+        if self.link.ended:
+            raise self._closed()
+        payload = encode(arguments)
         serial, self._serial = self._serial, (self._serial + 1) & 0xFFFFFFFF
         waiting = self._waiting[serial] = _Waiting(progress=progress)
-        try:
-            if self.link.ended:
-                raise self._closed()
-            self.link.send(Packet(program, 1, procedure, PacketType.CALL, serial, payload=encode(arguments)))
-            try:
-                await waiting.answered.wait()
-            except anyio.get_cancelled_exc_class():
-                with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_PATIENCE_S):
-                    await self._cancel(program, serial, waiting, result, late)
-                raise
-            return self._result(waiting, result)
-        finally:
-            del self._waiting[serial]
-
-    async def _cancel(
-        self, program: int, serial: int, waiting: _Waiting, result: type[T], late: Callable[[T], Any] | None
-    ) -> None:
-        if program == ferry.PROGRAM and not self.link.ended:
-            own, self._serial = self._serial, (self._serial + 1) & 0xFFFFFFFF
-            self._waiting[own] = _Waiting()
-            payload = encode(ferry.Cancel(serial))
-            self.link.send(
-                Packet(ferry.PROGRAM, 1, ferry.Number.CANCEL, PacketType.CALL, own, payload=payload)
-            )
-            await waiting.answered.wait()
-            await self._waiting[own].answered.wait()
-            del self._waiting[own]
-        if late is not None and waiting.answer is not None and waiting.answer.status is Status.OK:
-            await late(self._result(waiting, result))
+        self.link.send(Packet(program, 1, procedure, PacketType.CALL, serial, payload=payload))
+        return serial, waiting
 
     def _closed(self) -> ConnectionClosedError:
         why = self.link.reason or "it was closed"

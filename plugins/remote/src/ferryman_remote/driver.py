@@ -281,7 +281,7 @@ class RemoteDriver:
     async def forward(self, name: str, request: object) -> object:
         """Call a hook of the host's own driver."""
         assert self._remote is not None
-        if not ferry.forwarded(name):
+        if name not in ferry.FORWARDED:
             raise NotSupportedError(f"{name} is not called over a daemon")
         hint = hints_of(getattr(DriverHooks, name))["return"]
         return await self._remote.call(ferry.Number.HOOK, name, request, hint)

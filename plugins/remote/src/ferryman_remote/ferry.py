@@ -12,6 +12,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
+from ferryman.hookspecs import DriverHooks, hook_names
 from ferryman_remote.protocol import Names, Void
 from ferryman_remote.xdr import U32, Opaque, Str
 
@@ -90,10 +91,12 @@ MESSAGES: dict[Number, tuple[type[Any], type[Any] | None]] = {
 }
 """Arguments and result of each call; an event has no result."""
 
-FORWARDED = ("domain_", "host_", "capabilities", "migrate_check")
-"""How the hooks begin that a client may call; those of a migration are the host's end alone to call."""
-
-NOT_FORWARDED = ("host_autostart", "domain_console")
+_PREFIXES = ("domain_", "host_", "capabilities", "migrate_check")
+_OWN = ("host_autostart", "domain_console")
+FORWARDED = frozenset(
+    name for name in hook_names(DriverHooks) if name.startswith(_PREFIXES) and name not in _OWN
+)
+"""Hooks that a client may call; those of a migration are the host's end alone to call."""
 
 READS = frozenset(
     {
@@ -107,8 +110,3 @@ READS = frozenset(
     }
 )
 """Hooks that change nothing."""
-
-
-def forwarded(hook: str) -> bool:
-    """Whether a client may call a hook."""
-    return hook.startswith(FORWARDED) and hook not in NOT_FORWARDED

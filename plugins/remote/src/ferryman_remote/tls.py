@@ -80,20 +80,23 @@ def context_of(files: Pki, *, server: bool) -> ssl.SSLContext:
 async def as_client(stream: ByteStream, host: str, context: ssl.SSLContext) -> TLSStream:
     """Encrypt a connection to a daemon.
 
-    :raises ConnectError: either does not take the other's certificate; the stream is closed.
+    :raises ConnectError: either does not take the other's certificate.
+    :cancellation: as after an error, the stream is closed.
     """
     try:
         wrapped = await TLSStream.wrap(
             stream, server_side=False, hostname=host, ssl_context=context, standard_compatible=False
         )
-        taken = await wrapped.receive(1)
-    except (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as error:
+        if await wrapped.receive(1) != _TAKEN:
+            raise ConnectError(f"{host} does not take our certificate")
+        return wrapped
+    except BaseException as error:
         await anyio.aclose_forcefully(stream)
-        raise ConnectError(f"{host} and we do not take each other's certificates: {_words(error)}") from error
-    if taken != _TAKEN:
-        await anyio.aclose_forcefully(stream)
-        raise ConnectError(f"{host} does not take our certificate")
-    return wrapped
+        if isinstance(error, (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError, OSError)):
+            raise ConnectError(
+                f"{host} and we do not take each other's certificates: {_words(error)}"
+            ) from error
+        raise
 
 
 async def as_server(

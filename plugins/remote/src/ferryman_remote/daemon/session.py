@@ -15,7 +15,7 @@ from ferryman.connection import Domain
 from ferryman.definition import parse_definition
 from ferryman.engine import HostEnd
 from ferryman.errors import DomainNotFoundError, FerrymanError, HostBusyError, NotSupportedError
-from ferryman.hookspecs import DriverHooks, hook_names
+from ferryman.hookspecs import DriverHooks
 from ferryman.types import DomainInfo, DomainUUID
 from ferryman_remote import ferry
 from ferryman_remote.daemon.answers import ANSWERS, CLOSE, Answer
@@ -79,7 +79,7 @@ class Session:
 
     :ivar host: what it has opened; None before.
     :ivar read_only: it may change nothing.
-    :ivar listeners: by the number that the client knows them by; -1 - event_id where it registered without one.
+    :ivar listeners: by the number that the client knows them by.
     """
 
     link: Link
@@ -232,11 +232,7 @@ class Session:
             assert self.host is not None
             self.ferryman = True
             connection = self.host.connection
-            hooks = tuple(
-                name
-                for name in hook_names(DriverHooks)
-                if connection.hooks.has(name) and ferry.forwarded(name)
-            )
+            hooks = tuple(sorted(filter(connection.hooks.has, ferry.FORWARDED)))
             return ferry.OpenReply(connection.hooks.distribution, connection.address, hooks)
         if packet.procedure not in (ferry.Number.HOOK, ferry.Number.HOST):
             raise NotSupportedError(f"Ferryman's program has no procedure {packet.procedure} here")
@@ -250,7 +246,7 @@ class Session:
     async def _hook(self, call: ferry.Call) -> object:
         assert self.host is not None
         connection = self.host.connection
-        if not ferry.forwarded(call.name) or call.name not in hook_names(DriverHooks):
+        if call.name not in ferry.FORWARDED:
             raise NotSupportedError(f"there is no hook {call.name:.60} to call")
         hints = hints_of(getattr(DriverHooks, call.name))
         admit = {"admit": connection.host.require_free} if call.name == "domain_restore" else {}
