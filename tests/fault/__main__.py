@@ -19,6 +19,7 @@ from tests.fault.campaign import (
     FAULTS,
     RUN_TWICE,
     Case,
+    Passage,
     Result,
     all_cases,
     reached_by,
@@ -28,11 +29,11 @@ from tests.fault.campaign import (
 )
 from tests.fault.net import missing
 from tests.fault.points import points
-from tests.fault.scenarios import SCENARIOS, Scenario, unreached
+from tests.fault.scenarios import SCENARIOS, unreached
 
 _RESULTS = Path(".cache/results/fault.json")
 _TRIES = 2
-"""How often a case is run that did not come to its point: what two programs do at once has no fixed order."""
+"""How often a case that did not come to its point is run there: what two programs do at once has no fixed order."""
 
 _AGAIN_EVERY = 4
 """Every so many cases migrate once more at their end."""
@@ -113,7 +114,7 @@ def _tell(number: int, total: int, result: Result) -> None:
         print(f"     violation: {violation}", flush=True)
 
 
-def _coverage(campaign: Campaign, reached: dict[str, tuple[Scenario, int]]) -> None:
+def _coverage(campaign: Campaign, reached: dict[str, list[Passage]]) -> None:
     print("\ncoverage by fault: cases, struck, by outcome")
     for fault in FAULTS:
         mine = [result for result in campaign.results if result.fault == fault]
@@ -122,7 +123,7 @@ def _coverage(campaign: Campaign, reached: dict[str, tuple[Scenario, int]]) -> N
         )
         print(f"  {fault:26} {len(mine):5} {sum(result.struck for result in mine):5}  {outcomes}")
     print("coverage by scenario: points first reached, cases, reached")
-    owned = Counter(scenario.name for scenario, _ in reached.values())
+    owned = Counter(passages[0][0].name for passages in reached.values())
     for scenario in SCENARIOS:
         mine = [result for result in campaign.results if result.scenario == scenario.name]
         print(f"  {scenario.name:26} {owned[scenario.name]:5} {len(mine):5} {sum(r.reached for r in mine):5}")
@@ -136,26 +137,34 @@ def _numbered(cases: Iterable[Case]) -> list[Case]:
     return [replace(case, again=number % _AGAIN_EVERY == 0) for number, case in enumerate(cases)]
 
 
-def _run(cases: list[Case], jobs: int, into: list[Result]) -> None:
-    """Run cases; those that did not come to their point are run once more."""
-    left, total, number = list(cases), len(cases), 0
-    for attempt in range(_TRIES):
-        last = attempt == _TRIES - 1
+def run_all(cases: list[Case], jobs: int, into: list[Result]) -> None:
+    """Run cases; one that did not come to its point is run once more, and then in each other scenario that came there."""
+    left, total, number, attempt = list(cases), len(cases), 0, 0
+    while left:
+        attempt += 1
         missed: list[Case] = []
         with closing(run_cases(left, jobs)) as running:
             for index, result in running:
-                if not (result.reached or result.violations or last):
-                    missed.append(left[index])
-                    continue
+                case = left[index]
+                if not (result.reached or result.violations):
+                    if attempt < _TRIES:
+                        missed.append(case)
+                        continue
+                    if case.elsewhere:
+                        (scenario, incarnation), *elsewhere = case.elsewhere
+                        missed.append(
+                            replace(
+                                case, scenario=scenario, incarnation=incarnation, elsewhere=tuple(elsewhere)
+                            )
+                        )
+                        continue
                 number += 1
                 _tell(number, total, result)
                 into.append(result)
         left = missed
-        if not left:
-            return
 
 
-def _survey(campaign: Campaign, jobs: int) -> dict[str, tuple[Scenario, int]]:
+def _survey(campaign: Campaign, jobs: int) -> dict[str, list[Passage]]:
     """Run every scenario without a strike."""
     cases = survey_cases()
     found: dict[int, Result] = {}
@@ -170,9 +179,7 @@ def _survey(campaign: Campaign, jobs: int) -> dict[str, tuple[Scenario, int]]:
     return reached
 
 
-def _plan(
-    arguments: argparse.Namespace, campaign: Campaign
-) -> tuple[list[Case], dict[str, tuple[Scenario, int]]]:
+def _plan(arguments: argparse.Namespace, campaign: Campaign) -> tuple[list[Case], dict[str, list[Passage]]]:
     if arguments.plant:
         scenario = SCENARIOS[0]
         campaign.pairs = 1
@@ -248,10 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seed = int(time.time())
     campaign = Campaign(seed=arguments.seed)
     begin_s = time.monotonic()
-    reached: dict[str, tuple[Scenario, int]] = {}
+    reached: dict[str, list[Passage]] = {}
     try:
         cases, reached = _plan(arguments, campaign)
-        _run(cases, arguments.jobs, campaign.results)
+        run_all(cases, arguments.jobs, campaign.results)
     except KeyboardInterrupt:
         campaign.interrupted = True
     campaign.seconds = time.monotonic() - begin_s

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 from urllib.parse import quote
 
 from tests.fault.expected import ANYWHERE, predict
@@ -88,6 +88,10 @@ class CampaignError(Exception):
     """A program of the campaign itself does not do what it should."""
 
 
+Passage: TypeAlias = tuple[Scenario, int]
+"""A scenario that comes to a point, and the incarnation of the manager that passes it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """One migration with one strike.
@@ -97,6 +101,7 @@ class Case:
     :param moment_s: of a ``transfer`` point: time from the beginning of the transfer.
     :param brief: what is cut or killed is back before a lease can end.
     :param again: migrate once more afterwards.
+    :param elsewhere: other scenarios that come to the point, and their incarnations: for a case that did not.
     """
 
     scenario: Scenario
@@ -106,6 +111,7 @@ class Case:
     moment_s: float = 0.0
     brief: bool = False
     again: bool = False
+    elsewhere: tuple[Passage, ...] = ()
 
     def start(self, lab: Lab, directory: Path) -> Run:
         """Make the case's run."""
@@ -736,27 +742,36 @@ def survey_cases() -> list[Case]:
     return [Case(scenario=scenario) for scenario in SCENARIOS]
 
 
-def reached_by(surveyed: Iterable[Result]) -> dict[str, tuple[Scenario, int]]:
-    """The first scenario that reaches each point, and the incarnation of the manager that passes it."""
+def reached_by(surveyed: Iterable[Result]) -> dict[str, list[Passage]]:
+    """The scenarios that reached each point, and the incarnation of the manager that passed it in each."""
     scenarios = {scenario.name: scenario for scenario in SCENARIOS}
-    found: dict[str, tuple[Scenario, int]] = {}
+    found: dict[str, list[Passage]] = {}
     for result in surveyed:
+        scenario = scenarios[result.scenario]
         for name, passed in sorted(result.passed.items(), key=lambda item: item[0][::-1]):
             for point in passed:
-                found.setdefault(point, (scenarios[result.scenario], int(name.split(".")[1])))
+                passages = found.setdefault(point, [])
+                if all(other is not scenario for other, _ in passages):
+                    passages.append((scenario, int(name.split(".")[1])))
     return {point: found[point] for point in points() if point in found}
 
 
-def all_cases(
-    reached: dict[str, tuple[Scenario, int]], transfer_s: float, randomly: random.Random
-) -> list[Case]:
+def all_cases(reached: dict[str, list[Passage]], transfer_s: float, randomly: random.Random) -> list[Case]:
     """Every pair of a fault and a point, and of a fault and a random moment of the transfer."""
     cases = []
-    for index, (point, (scenario, incarnation)) in enumerate(reached.items()):
+    for index, (point, passages) in enumerate(reached.items()):
+        (scenario, incarnation), *elsewhere = passages
         for number, fault in enumerate(FAULTS):
             brief = (index + number) % 2 == 0
             cases.append(
-                Case(scenario=scenario, point=point, fault=fault, incarnation=incarnation, brief=brief)
+                Case(
+                    scenario=scenario,
+                    point=point,
+                    fault=fault,
+                    incarnation=incarnation,
+                    brief=brief,
+                    elsewhere=tuple(elsewhere),
+                )
             )
     for index in range(MOMENTS):
         # A third of them lie close to the switchover.
@@ -840,6 +855,7 @@ __all__ = [
     "RUN_TWICE",
     "Case",
     "Lab",
+    "Passage",
     "Run",
     "Result",
     "all_cases",

@@ -6,13 +6,15 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from ferryman.handover import TABLE
-from tests.fault.campaign import FAULTS, MOMENTS, Case, all_cases, reached_by, run_cases, sampled
+from tests.fault.__main__ import run_all
+from tests.fault.campaign import FAULTS, MOMENTS, Case, Result, all_cases, reached_by, run_cases, sampled
 from tests.fault.expected import predict
 from tests.fault.net import missing
 from tests.fault.points import entry_name, points
@@ -113,15 +115,40 @@ def test_reasons_are_about_the_table() -> None:
 
 
 def test_every_point_and_moment_meets_every_fault() -> None:
-    reached = dict.fromkeys(points(), (SCENARIOS[0], 0))
+    reached = {point: [(SCENARIOS[0], 0)] for point in points()}
     assert reached_by([]) == {}
     cases = all_cases(reached, 1.0, random.Random(1))
     pairs = {(case.point, case.fault) for case in cases}
     assert len(pairs) == len(cases) == (len(reached) + MOMENTS) * len(FAULTS)
 
 
+def test_a_point_that_is_missed_is_waited_for_in_other_scenarios(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, int]] = []
+
+    def run(cases: list[Case], jobs: int) -> Generator[tuple[int, Result], None, None]:
+        for index, case in enumerate(cases):
+            tried.append((case.scenario.name, case.incarnation))
+            reached = case.scenario is SCENARIOS[2]
+            yield (
+                index,
+                Result(scenario=case.scenario.name, point=case.point, fault=case.fault, reached=reached),
+            )
+
+    monkeypatch.setattr("tests.fault.__main__.run_cases", run)
+    elsewhere = ((SCENARIOS[1], 1), (SCENARIOS[2], 2), (SCENARIOS[3], 0))
+    results: list[Result] = []
+    run_all([Case(scenario=SCENARIOS[0], point="p", fault="f", elsewhere=elsewhere)], 1, results)
+    names = [scenario.name for scenario in SCENARIOS]
+    assert tried == [(names[0], 0), (names[0], 0), (names[1], 1), (names[2], 2)]
+    assert [(result.scenario, result.reached) for result in results] == [(names[2], True)]
+    # Where no scenario comes to it, that is what is told.
+    results.clear()
+    run_all([Case(scenario=SCENARIOS[0], point="p", fault="f", elsewhere=elsewhere[:1])], 1, results)
+    assert [(result.scenario, result.reached) for result in results] == [(names[1], False)]
+
+
 def test_a_sample_is_even() -> None:
-    reached = dict.fromkeys(points()[:30], (SCENARIOS[0], 0))
+    reached = {point: [(SCENARIOS[0], 0)] for point in points()[:30]}
     cases = all_cases(reached, 1.0, random.Random(1))
     chosen = sampled(cases, 6 * len(FAULTS), random.Random(2))
     assert len(chosen) == len({(case.point, case.fault) for case in chosen}) == 6 * len(FAULTS)
