@@ -138,7 +138,7 @@ def _numbered(cases: Iterable[Case]) -> list[Case]:
 
 
 def run_all(cases: list[Case], jobs: int, into: list[Result]) -> None:
-    """Run cases; one that did not come to its point is run once more, and then in each other scenario that came there."""
+    """Run cases; one that did not come to its point is run once more, and then in each other scenario that did."""
     left, total, number, attempt = list(cases), len(cases), 0, 0
     while left:
         attempt += 1
