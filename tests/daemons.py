@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +116,57 @@ def virsh_tried(
     return subprocess.run(
         arguments, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
     )
+
+
+class Terminal:
+    """A command of stock virsh that has a terminal."""
+
+    def __init__(self, uri: str, *command: str) -> None:
+        self._ours, theirs = os.openpty()
+        tty.setraw(theirs)
+        try:
+            self.process = subprocess.Popen(
+                ["virsh", "-c", uri, *command],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+        self.shown = b""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(PROMPT_S)
+        os.close(self._ours)
+
+    def wait_for(self, pattern: bytes) -> None:
+        """Read until something is shown that fits."""
+        while not re.search(pattern, self.shown):
+            assert self._read(), f"it ended, and showed {self.shown!r}"
+
+    def type(self, keys: bytes) -> None:
+        """Type something."""
+        os.write(self._ours, keys)
+
+    def ended(self) -> int:
+        """Read until it ends; returns its exit status."""
+        while self._read():
+            pass
+        return self.process.wait(PROMPT_S)
+
+    def _read(self) -> bool:
+        assert select.select([self._ours], [], [], PROMPT_S)[0], f"nothing came after {self.shown!r}"
+        try:
+            self.shown += os.read(self._ours, 65536)
+        except OSError:  # EIO: nobody has the other end any more
+            return False
+        return True
 
 
 @contextmanager

@@ -143,6 +143,14 @@ def _define(guest: CounterGuest, name: str, directory: Path, witness: Witness) -
     return guest.domain_xml(name, uuid.uuid4(), directory / "image", witness.socket_path)
 
 
+def console_definition(field: Field, kind: str) -> str:
+    """The usual guest, whose first serial port, on which it counts, is another one."""
+    head, _, rest = field.definition.partition("<serial type='unix'>")
+    tail = rest.partition("</serial>")[2]
+    source = f"<source mode='bind' path='{field.directory}/console'/>" if kind == "unix" else ""
+    return f"{head}<serial type='{kind}'>{source}</serial>{tail}"
+
+
 @contextmanager
 def laid_out(guest: CounterGuest | LinuxGuest = USUAL, *, directory: Path | None = None) -> Iterator[Field]:
     """A field for the length of a block; at its end no process, run directory or socket may be left in it.

@@ -19,11 +19,11 @@ import pytest
 
 import ferryman
 from ferryman import MigrationOptions
-from ferryman.errors import ConnectError
+from ferryman.errors import ConnectError, DomainStateError
 from ferryman.types import DomainEventKind
-from tests.daemons import EVERYTHING, Daemon, daemon, daemons, need_virsh, virsh, virsh_tried
+from tests.daemons import EVERYTHING, Daemon, Terminal, daemon, daemons, need_virsh, virsh, virsh_tried
 from tests.options.credentials import put_pki
-from tests.qemu import NAME, PROMPT_S, Field, settled
+from tests.qemu import NAME, PROMPT_S, Field, console_definition, settled
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,73 @@ async def test_our_client_has_the_api_of_a_local_one(field: Field) -> None:
             assert await source.list_domains() == []
             await moved.destroy()
     field.assert_unbroken(crossings=1)
+
+
+def test_virsh_on_a_console(field: Field) -> None:
+    with daemons(field) as (a, _b):
+        uri = a.uri(field.roots[0])
+        path = field.directory / "definition.xml"
+        path.write_text(console_definition(field, "pty"))
+        virsh(uri, "create", str(path))
+        with Terminal(uri, "console", NAME) as terminal:
+            terminal.wait_for(rb"(?:[0-9A-F]{8}\r?\n){20}")
+            numbers = [int(word, 16) for word in re.findall(rb"([0-9A-F]{8})\r?\n", terminal.shown)]
+            assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            with Terminal(uri, "console", NAME) as other:
+                assert other.ended() == 1
+                assert b"somebody is connected to the console" in other.shown
+            terminal.type(b"\x1d")
+            assert terminal.ended() == 0
+        # It is free again at once, and ends with its guest.
+        with Terminal(uri, "console", NAME, "--safe") as terminal:
+            terminal.wait_for(rb"(?:[0-9A-F]{8}\r?\n){5}")
+            virsh(uri, "destroy", NAME)
+            terminal.ended()
+        # A client that is gone leaves no console taken.
+        virsh(uri, "create", str(path))
+        with Terminal(uri, "console", NAME) as terminal:
+            terminal.wait_for(rb"(?:[0-9A-F]{8}\r?\n){5}")
+            terminal.process.kill()
+            terminal.ended()
+        with Terminal(uri, "console", NAME) as terminal:
+            terminal.wait_for(rb"(?:[0-9A-F]{8}\r?\n){5}")
+            terminal.type(b"\x1d")
+            assert terminal.ended() == 0
+        refused = virsh_tried(uri, "console", NAME, read_only=True)
+        assert refused.returncode == 1
+        virsh(uri, "destroy", NAME)
+
+
+async def test_our_client_on_a_console(field: Field) -> None:
+    with daemons(field) as (a, _b):
+        async with ferryman.connect(a.uri(field.roots[0])) as host:
+            domain = await host.create(console_definition(field, "pty"))
+            for device in (None, "serial0"):
+                async with domain.console(device) as console:
+                    heard = b""
+                    while heard.count(b"\n") < 20:
+                        heard += await console.receive()
+                    await console.send(b"nobody listens" * 20_000)
+                    with pytest.raises(DomainStateError, match="somebody is connected"):
+                        async with domain.console(device):
+                            pass
+            with pytest.raises(DomainStateError, match="no console serial7"):
+                async with domain.console("serial7"):
+                    pass
+            async with domain.console() as console:
+                await domain.destroy()
+                with pytest.raises(anyio.EndOfStream):
+                    while True:
+                        await console.receive()
+            domain = await host.create(console_definition(field, "pty"))
+            async with domain.console() as console:
+                await console.receive()
+                a.kill()
+                with pytest.raises(anyio.BrokenResourceError):
+                    while True:
+                        await console.receive()
+        async with ferryman.connect(field.uris[0]) as local:
+            await (await local.lookup_by_name(NAME)).destroy()
 
 
 class Migrating:

@@ -36,7 +36,7 @@ from ferryman_qemu import saves
 from ferryman_qemu.savefile import SaveFile
 from tests.guests.inspect import QMPSocket, pids, run_directories
 from tests.guests.linux import KERNEL_DIRECTORY, LinuxGuest, build_initramfs
-from tests.qemu import MIB, NAME, PROMPT_S, Field, laid_out, need
+from tests.qemu import MIB, NAME, PROMPT_S, Field, console_definition, laid_out, need
 
 if TYPE_CHECKING:
     from ferryman.sync import Domain
@@ -629,18 +629,10 @@ def test_screenshots(field: Field) -> None:
             domain.screenshot()
 
 
-def _console_definition(field: Field, kind: str) -> str:
-    """The usual guest, whose first serial port, on which it counts, is another one."""
-    head, _, rest = field.definition.partition("<serial type='unix'>")
-    tail = rest.partition("</serial>")[2]
-    source = f"<source mode='bind' path='{field.directory}/console'/>" if kind == "unix" else ""
-    return f"{head}<serial type='{kind}'>{source}</serial>{tail}"
-
-
 @pytest.mark.parametrize("kind", ["pty", "unix"])
 def test_a_console(field: Field, kind: str) -> None:
     with ferryman.sync.connect(field.uris[0]) as a:
-        domain = a.create(_console_definition(field, kind))
+        domain = a.create(console_definition(field, kind))
         for device in (None, "serial0"):
             with domain.console(device) as console:
                 heard = b""
@@ -667,7 +659,7 @@ def test_a_console(field: Field, kind: str) -> None:
 
 def test_a_console_that_somebody_else_has(field: Field) -> None:
     with ferryman.sync.connect(field.uris[0]) as a:
-        domain = a.create(_console_definition(field, "unix"))
+        domain = a.create(console_definition(field, "unix"))
         with socket.socket(socket.AF_UNIX) as other:
             other.connect(str(field.directory / "console"))
             assert other.recv(1)

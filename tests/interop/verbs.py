@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.daemons import daemons, virsh_tried
-from tests.qemu import NAME, PROMPT_S, Field, laid_out
+from tests.daemons import Terminal, daemons, virsh_tried
+from tests.qemu import NAME, PROMPT_S, Field, console_definition, laid_out
 
 _VERBS: tuple[tuple[str, str], ...] = (
     ("uri", "qemu.tcp://"),
@@ -33,8 +33,10 @@ _VERBS: tuple[tuple[str, str], ...] = (
     ("migrate-getspeed {name}", "10"),
     ("suspend {name}", ""),
     ("resume {name}", ""),
-    ("console {name}", "Connected to domain"),
+    ("console {name}", r"Connected to domain[\s\S]*\r?\n[0-9A-F]{8}\r?\n"),
     ("setmem {name} 20M", ""),
+    ("autostart {name}", ""),
+    ("autostart --disable {name}", ""),
     ("save {name} {directory}/state", ""),
     ("restore {directory}/state", ""),
     ("shutdown {name}", ""),
@@ -46,9 +48,6 @@ _VERBS: tuple[tuple[str, str], ...] = (
     ("destroy {name}", ""),
 )
 """Commands in their order, and what they print; where that is nothing, their exit status is what counts."""
-
-MISSING = ["console", "setmem"]
-"""Verbs that a user of virsh expects, and that the daemon does not answer yet: they count, and do not pass."""
 
 _PYTHON = """
 import libvirt, sys, threading
@@ -95,18 +94,33 @@ def run_verbs(say: Callable[[str], None]) -> tuple[list[str], int]:
     wrong: list[str] = []
     with laid_out() as field, daemons(field) as (a, _b):
         path = field.directory / "definition.xml"
-        path.write_text(field.definition)
+        definition = console_definition(field, "pty")
+        path.write_text(definition.replace("<memballoon model='none'/>", "<memballoon model='virtio'/>"))
         for command, printed in _VERBS:
             words = [word.format(name=NAME, file=path, directory=field.directory) for word in command.split()]
-            done = virsh_tried(a.uri(field.roots[0]), *words)
-            good = done.returncode == 0 and re.search(printed, done.stdout) is not None
             verb = words[0]
+            status, shown = (_on_terminal if verb == "console" else _alone)(a.uri(field.roots[0]), words)
+            good = status == 0 and re.search(printed, shown) is not None
             if not good:
                 wrong.append(verb)
-            say(f"{verb:20} {'ok' if good else 'WRONG: ' + (done.stderr or done.stdout).strip()}")
+            say(f"{verb:20} {'ok' if good else 'WRONG: ' + shown.strip()}")
         for leftover in field.directory.glob("state*"):
             leftover.unlink()
     return wrong, len(_VERBS)
+
+
+def _alone(uri: str, words: list[str]) -> tuple[int, str]:
+    """Exit status of a command, and what it prints."""
+    done = virsh_tried(uri, *words)
+    return done.returncode, done.stdout if done.returncode == 0 else done.stderr
+
+
+def _on_terminal(uri: str, words: list[str]) -> tuple[int, str]:
+    """The same of one that is left by its key, once something is shown."""
+    with Terminal(uri, *words) as terminal:
+        terminal.wait_for(rb"[0-9A-F]{8}\r?\n.*[0-9A-F]{8}\r?\n|rror")
+        terminal.type(b"\x1d")
+        return terminal.ended(), terminal.shown.decode(errors="replace")
 
 
 def run_libvirt_python(field: Field, uris: tuple[str, str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
 from ferryman.errors import ConnectionClosedError, FerrymanError, HypervisorError
 from ferryman_remote import ferry
-from ferryman_remote.protocol import RemoteError
+from ferryman_remote.protocol import RemoteError, Void
+from ferryman_remote.streams import PacketStream
 from ferryman_remote.values import ValueFormError, load_error
 from ferryman_remote.wire import Packet, PacketType, Status
 from ferryman_remote.xdr import XDRError, decode, encode
@@ -43,6 +45,7 @@ class Caller:
         self.link = link
         self._happened = happened
         self._waiting: dict[int, _Waiting] = {}
+        self._streams: dict[int, PacketStream] = {}
         self._serial = 0
 
     async def run(self) -> None:
@@ -52,6 +55,8 @@ class Caller:
         finally:
             for waiting in self._waiting.values():
                 waiting.answered.set()
+            for stream in self._streams.values():
+                stream.end(str(self._closed()))
 
     async def _take(self, packet: Packet) -> None:
         if packet.type is PacketType.REPLY:
@@ -66,6 +71,10 @@ class Caller:
                 self._hear(packet)
             except (XDRError, ValueFormError) as error:
                 self.link.cut(f"an event cannot be read: {error}")
+        elif packet.type is PacketType.STREAM:
+            stream = self._streams.get(packet.serial)
+            if stream is not None and stream.owns(packet):
+                stream.take(packet)
         else:
             self.link.cut(f"a packet of type {packet.type.name}, which nobody asked for")
 
@@ -96,6 +105,37 @@ class Caller:
         :cancellation: of Ferryman's own program: the far end is told, and its answer awaited for at most 30 s.
         """
         serial, waiting = self._send(program, procedure, arguments, progress)
+        return await self._answer(program, serial, waiting, result, late)
+
+    async def stream(self, program: int, procedure: int, arguments: tuple[Any, ...]) -> PacketStream:
+        """Make a call that opens a stream, and wait for its answer.
+
+        :raises ConnectionClosedError: the link ended before the answer. :raises FerrymanError: what the far end raised.
+        :cancellation: as of :meth:`call`; a stream that is opened then is closed.
+        """
+        serial, waiting = self._send(program, procedure, arguments)
+        opening = Packet(program, 1, procedure, PacketType.CALL, serial)
+        stream = self._streams[serial] = PacketStream(self.link, opening)
+        stream.when_closed = partial(self._streams.pop, serial, None)
+
+        async def close(_answer: Void) -> None:
+            await stream.aclose()
+
+        try:
+            await self._answer(program, serial, waiting, Void, close)
+        except BaseException:
+            self._streams.pop(serial, None)
+            raise
+        return stream
+
+    async def _answer(
+        self,
+        program: int,
+        serial: int,
+        waiting: _Waiting,
+        result: type[T],
+        late: Callable[[T], Any] | None,
+    ) -> T:
         try:
             await waiting.answered.wait()
         except anyio.get_cancelled_exc_class():

@@ -18,7 +18,15 @@ from ferryman.errors import (
     NotSupportedError,
 )
 from ferryman.handover import PaperKind, with_kind
-from ferryman.hookspecs import DriverHooks, HostRequest, OpenReply, OpenRequest, hook_names, hookimpl
+from ferryman.hookspecs import (
+    ConsoleRequest,
+    DriverHooks,
+    HostRequest,
+    OpenReply,
+    OpenRequest,
+    hook_names,
+    hookimpl,
+)
 from ferryman.types import DomainEvent, TransferStatistics
 from ferryman_remote import ferry
 from ferryman_remote.caller import Caller
@@ -31,13 +39,14 @@ from ferryman_remote.xdr import decode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from anyio.abc import TaskGroup
+    from anyio.abc import ByteStream, TaskGroup
 
     from ferryman.engine import Confirmed, Finished, Performed
     from ferryman.handover import MigrationRow
     from ferryman.resolve import Resolution, Testimony
     from ferryman.types import DomainInfo, DomainUUID, MigrationId, MigrationOptions, Side, Tuning
     from ferryman.uri import ConnectionURI
+    from ferryman_remote.streams import PacketStream
 
 _OPEN_S = 20.0
 _PING_S = 5.0
@@ -126,6 +135,13 @@ class Remote:
             late=undo if late is not None else None,
         )
         return read(reply)
+
+    async def console(self, request: ConsoleRequest) -> PacketStream:
+        """Open a guest's console."""
+        caller = await self.caller()
+        return await caller.stream(
+            ferry.PROGRAM, ferry.Number.CONSOLE, ferry.Call("domain_console", dump(request))
+        )
 
     def close(self) -> None:
         """End the link."""
@@ -278,6 +294,11 @@ class RemoteDriver:
         if self._remote is not None:
             self._remote.close()
 
+    @hookimpl
+    async def domain_console(self, request: ConsoleRequest) -> ByteStream:
+        assert self._remote is not None
+        return await self._remote.console(request)
+
     async def forward(self, name: str, request: object) -> object:
         """Call a hook of the host's own driver."""
         assert self._remote is not None
@@ -296,5 +317,5 @@ def _forwarding(name: str) -> Any:
 
 
 for _name in hook_names(DriverHooks):
-    if not _name.startswith("connection_"):
+    if not hasattr(RemoteDriver, _name):
         setattr(RemoteDriver, _name, _forwarding(_name))

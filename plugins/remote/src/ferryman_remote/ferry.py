@@ -77,6 +77,7 @@ class Number(IntEnum):
     HOOK = 2
     HOST = 3
     CANCEL = 4
+    CONSOLE = 5
     EVENT = 16
     PROGRESS = 17
 
@@ -86,10 +87,11 @@ MESSAGES: dict[Number, tuple[type[Any], type[Any] | None]] = {
     Number.HOOK: (Call, CallReply),
     Number.HOST: (Call, CallReply),
     Number.CANCEL: (Cancel, Void),
+    Number.CONSOLE: (Call, Void),
     Number.EVENT: (Happened, None),
     Number.PROGRESS: (Progress, None),
 }
-"""Arguments and result of each call; an event has no result."""
+"""Arguments and result of each call; an event has no result.  A console's bytes follow the answer, as a stream."""
 
 _PREFIXES = ("domain_", "host_", "capabilities", "migrate_check")
 _OWN = ("host_autostart", "domain_console")
@@ -97,6 +99,9 @@ FORWARDED = frozenset(
     name for name in hook_names(DriverHooks) if name.startswith(_PREFIXES) and name not in _OWN
 )
 """Hooks that a client may call; those of a migration are the host's end alone to call."""
+
+OFFERED = FORWARDED | {"domain_console"}
+"""Hooks that a client has where the host's driver has them."""
 
 READS = frozenset(
     {

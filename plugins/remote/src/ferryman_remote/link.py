@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 
 from ferryman_remote.protocol import KEEPALIVE_PROGRAM
 from ferryman_remote.wire import Packet, PacketReader, PacketType, WireError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 262_144
 _PING = 1
 _PONG = 2
+_ROOM_BYTES = 262_144
 MAX_BACKLOG_BYTES = 67_108_864
 """A peer that takes no answers is cut off when so much of them waits."""
 
@@ -45,6 +47,7 @@ class Link:
         self._heard_at = 0.0
         self._taking = False
         """What has come is not taken yet, so nothing is read, and silence is nobody's fault but ours."""
+        self._written = anyio.Event()
         self._to_watch = anyio.Event()
         self._interval_s: float | None = None
         self._count = 0
@@ -84,6 +87,12 @@ class Link:
             self.cut(f"more than {MAX_BACKLOG_BYTES} bytes of answers wait to be taken")
         self._wake.set()
 
+    async def room(self) -> None:
+        """Wait until little is queued: for a sender who always has more. It returns, too, when the link has ended."""
+        await anyio.lowlevel.checkpoint()
+        while len(self._waiting) > _ROOM_BYTES and not self._ended.is_set():
+            await self._written.wait()
+
     def finish(self) -> None:
         """End the link when what is queued has been written."""
         self._last = True
@@ -109,6 +118,7 @@ class Link:
                     self._scope.cancel()
         finally:
             self._ended.set()
+            self._let_write()
             with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                 await anyio.aclose_forcefully(self._stream)
 
@@ -142,6 +152,7 @@ class Link:
                     self._writing = True
                     await self._stream.send(data)
                     self._writing = False
+                    self._let_write()
                 if self._last:
                     self._scope.cancel()
                     return
@@ -149,6 +160,10 @@ class Link:
                 await self._wake.wait()
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             self.cut(f"the connection broke: {error.__cause__ or error}")
+
+    def _let_write(self) -> None:
+        self._written.set()
+        self._written = anyio.Event()
 
     async def _watch(self) -> None:
         unanswered = 0

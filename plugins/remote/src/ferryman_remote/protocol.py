@@ -373,6 +373,45 @@ class DomainSetVcpus(NamedTuple):
     nvcpus: U32
 
 
+class DomainSetVcpusFlags(NamedTuple):
+    dom: Domain
+    nvcpus: U32
+    flags: U32
+
+
+class DomainSetMemory(NamedTuple):
+    dom: Domain
+    memory: U64
+
+
+class DomainSetMemoryFlags(NamedTuple):
+    dom: Domain
+    memory: U64
+    flags: U32
+
+
+class DomainSetAutostart(NamedTuple):
+    dom: Domain
+    autostart: I32
+
+
+class DomainAttachDevice(NamedTuple):
+    dom: Domain
+    xml: Str
+
+
+class DomainAttachDeviceFlags(NamedTuple):
+    dom: Domain
+    xml: Str
+    flags: U32
+
+
+class DomainOpenConsole(NamedTuple):
+    dom: Domain
+    dev_name: OptionalStr
+    flags: U32
+
+
 class ConnectListDomains(NamedTuple):
     maxids: I32
 
@@ -1005,10 +1044,12 @@ _ALL = (
     _call(5, "CONNECT_GET_MAX_VCPUS", ConnectGetMaxVcpus, ConnectGetMaxVcpusReply),
     _call(6, "NODE_GET_INFO", Void, NodeGetInfoReply),
     _call(7, "CONNECT_GET_CAPABILITIES", Void, ConnectGetCapabilitiesReply),
+    _call(8, "DOMAIN_ATTACH_DEVICE", DomainAttachDevice, Void),
     _call(9, "DOMAIN_CREATE", OfDomain, Void),
     _call(10, "DOMAIN_CREATE_XML", DomainCreateXml, OfDomain),
     _call(11, "DOMAIN_DEFINE_XML", DomainDefineXml, OfDomain),
     _call(12, "DOMAIN_DESTROY", OfDomain, Void),
+    _call(13, "DOMAIN_DETACH_DEVICE", DomainAttachDevice, Void),
     _call(14, "DOMAIN_GET_XML_DESC", OfDomainWithFlags, DomainGetXmlDescReply),
     _call(15, "DOMAIN_GET_AUTOSTART", OfDomain, DomainGetAutostartReply),
     _call(16, "DOMAIN_GET_INFO", OfDomain, DomainGetInfoReply),
@@ -1023,6 +1064,8 @@ _ALL = (
     _call(25, "CONNECT_NUM_OF_DEFINED_DOMAINS", Void, NumberReply),
     _call(27, "DOMAIN_REBOOT", OfDomainWithFlags, Void),
     _call(28, "DOMAIN_RESUME", OfDomain, Void),
+    _call(29, "DOMAIN_SET_AUTOSTART", DomainSetAutostart, Void),
+    _call(31, "DOMAIN_SET_MEMORY", DomainSetMemory, Void),
     _call(32, "DOMAIN_SET_VCPUS", DomainSetVcpus, Void),
     _call(33, "DOMAIN_SHUTDOWN", OfDomain, Void),
     _call(34, "DOMAIN_SUSPEND", OfDomain, Void),
@@ -1059,6 +1102,8 @@ _ALL = (
     _call(157, "CONNECT_GET_LIB_VERSION", Void, ConnectGetLibVersionReply),
     _call(158, "CONNECT_COMPARE_CPU", ConnectCompareCpu, ConnectCompareCpuReply),
     _call(159, "DOMAIN_MEMORY_STATS", DomainMemoryStats, DomainMemoryStatsReply),
+    _call(160, "DOMAIN_ATTACH_DEVICE_FLAGS", DomainAttachDeviceFlags, Void),
+    _call(161, "DOMAIN_DETACH_DEVICE_FLAGS", DomainAttachDeviceFlags, Void),
     _call(162, "CONNECT_BASELINE_CPU", ConnectBaselineCpu, ConnectBaselineCpuReply),
     _call(163, "DOMAIN_GET_JOB_INFO", OfDomain, DomainGetJobInfoReply),
     _call(164, "DOMAIN_ABORT_JOB", OfDomain, Void),
@@ -1069,9 +1114,12 @@ _ALL = (
     _call(183, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", OfDomainWithFlags, DomainHasManagedSaveImageReply),
     _call(187, "DOMAIN_SNAPSHOT_NUM", OfDomainWithFlags, NumberReply),
     _call(196, "DOMAIN_CREATE_WITH_FLAGS", OfDomainWithFlags, OfDomain),
+    _call(199, "DOMAIN_SET_VCPUS_FLAGS", DomainSetVcpusFlags, Void),
     _call(200, "DOMAIN_GET_VCPUS_FLAGS", OfDomainWithFlags, NumberReply),
+    _call(201, "DOMAIN_OPEN_CONSOLE", DomainOpenConsole, Void),
     _call(202, "DOMAIN_IS_UPDATED", OfDomain, DomainIsUpdatedReply),
     _call(203, "CONNECT_GET_SYSINFO", ConnectGetSysinfo, ConnectGetSysinfoReply),
+    _call(204, "DOMAIN_SET_MEMORY_FLAGS", DomainSetMemoryFlags, Void),
     _call(207, "DOMAIN_MIGRATE_SET_MAX_SPEED", DomainMigrateSetMaxSpeed, Void),
     _call(212, "DOMAIN_GET_STATE", OfDomainWithFlags, DomainGetStateReply),
     _call(213, "DOMAIN_MIGRATE_BEGIN3", DomainMigrateBegin3, MigrateBeginReply),

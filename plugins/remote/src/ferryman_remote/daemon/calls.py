@@ -9,14 +9,17 @@ import os
 import platform
 import socket
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
 
+from anyio.abc import ByteStream
+
 from ferryman.connection import Domain
 from ferryman.definition import parse_definition
 from ferryman.errors import HypervisorError
-from ferryman.types import DomainInfo, DomainState, DomainStatistics, DomainUUID, ShutdownMode, Tuning
+from ferryman.types import DomainInfo, DomainState, DomainStatistics, DomainUUID, Scope, ShutdownMode, Tuning
 from ferryman_remote import protocol as p
 from ferryman_remote.daemon import events, moves
 from ferryman_remote.daemon.answers import answers
@@ -44,6 +47,8 @@ _CREATE_PAUSED, _CREATE_AUTODESTROY = 1, 2
 _UNDEFINE_WITH_ALL = 1 | 2 | 4 | 16 | 32
 """With saved states, snapshots, checkpoints, the firmware's variables and the TPM's state: what is there goes."""
 _XML_SECURE, _XML_INACTIVE, _XML_UPDATE_CPU, _XML_MIGRATABLE = 1, 2, 4, 8
+_CONSOLE_SAFE = 2
+"""Only where nobody else is connected, which is so anyway."""
 _VCPUS_MAXIMUM = 4
 _VCPUS_FLAGS = 15
 _KIB = 1024
@@ -418,9 +423,73 @@ async def _restore(session: Session, arguments: p.DomainRestore) -> None:
     await _host(session).connection.restore(arguments.from_)
 
 
+@_changes("DOMAIN_OPEN_CONSOLE", streams=True)
+def _open_console(
+    session: Session, arguments: p.DomainOpenConsole
+) -> AbstractAsyncContextManager[ByteStream]:
+    _need_flags(arguments.flags, _CONSOLE_SAFE, "DOMAIN_OPEN_CONSOLE")
+    return _domain(session, arguments.dom).console(arguments.dev_name)
+
+
+# What can be changed
+
+
+_SCOPES = (Scope.CURRENT, Scope.LIVE, Scope.CONFIG, Scope.BOTH)
+"""By the flags, of which 1 asks for the guest and 2 for the definition."""
+
+
+def _scope(flags: int, what: str) -> Scope:
+    _need_flags(flags, len(_SCOPES) - 1, what)
+    return _SCOPES[flags]
+
+
+@_changes("DOMAIN_SET_AUTOSTART")
+async def _set_autostart(session: Session, arguments: p.DomainSetAutostart) -> None:
+    await _domain(session, arguments.dom).set_autostart(arguments.autostart != 0)
+
+
+@_changes("DOMAIN_SET_MEMORY")
+async def _set_memory(session: Session, arguments: p.DomainSetMemory) -> None:
+    await _domain(session, arguments.dom).set_memory(arguments.memory * _KIB, Scope.LIVE)
+
+
+@_changes("DOMAIN_SET_MEMORY_FLAGS")
+async def _set_memory_flags(session: Session, arguments: p.DomainSetMemoryFlags) -> None:
+    scope = _scope(arguments.flags, "DOMAIN_SET_MEMORY_FLAGS")
+    await _domain(session, arguments.dom).set_memory(arguments.memory * _KIB, scope)
+
+
 @_changes("DOMAIN_SET_VCPUS")
 async def _set_vcpus(session: Session, arguments: p.DomainSetVcpus) -> None:
-    await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus)
+    await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus, Scope.LIVE)
+
+
+@_changes("DOMAIN_SET_VCPUS_FLAGS")
+async def _set_vcpus_flags(session: Session, arguments: p.DomainSetVcpusFlags) -> None:
+    scope = _scope(arguments.flags, "DOMAIN_SET_VCPUS_FLAGS")
+    await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus, scope)
+
+
+@_changes("DOMAIN_ATTACH_DEVICE")
+async def _attach(session: Session, arguments: p.DomainAttachDevice) -> None:
+    await _domain(session, arguments.dom).attach_device(arguments.xml, Scope.LIVE)
+
+
+@_changes("DOMAIN_ATTACH_DEVICE_FLAGS")
+async def _attach_flags(session: Session, arguments: p.DomainAttachDeviceFlags) -> None:
+    scope = _scope(arguments.flags, "DOMAIN_ATTACH_DEVICE_FLAGS")
+    await _domain(session, arguments.dom).attach_device(arguments.xml, scope)
+
+
+@_changes("DOMAIN_DETACH_DEVICE")
+async def _detach(session: Session, arguments: p.DomainAttachDevice) -> None:
+    await _domain(session, arguments.dom).detach_device(arguments.xml, Scope.LIVE)
+
+
+@_changes("DOMAIN_DETACH_DEVICE_FLAGS")
+async def _detach_flags(session: Session, arguments: p.DomainAttachDeviceFlags) -> None:
+    scope = _scope(arguments.flags, "DOMAIN_DETACH_DEVICE_FLAGS")
+    await _domain(session, arguments.dom).detach_device(arguments.xml, scope)
 
 
 # What a domain is

@@ -70,6 +70,7 @@ class Config:
     message_bytes: int = _LIMITS.message_bytes
     opening_s: float = _LIMITS.opening_s
     listeners_per_client: int = _LIMITS.listeners
+    streams_per_client: int = _LIMITS.streams
     keepalive_s: float = _LIMITS.keepalive_s
     keepalive_count: int = _LIMITS.keepalive_count
     log_level: str = "INFO"
@@ -100,6 +101,7 @@ class Config:
             ("message_bytes", HEADER_BYTES, MAX_MESSAGE_BYTES),
             ("opening_s", 0.1, 3600),
             ("listeners_per_client", 1, 1_000_000),
+            ("streams_per_client", 1, 10_000),
             ("keepalive_s", 0.1, 3600),
             ("keepalive_count", 1, 1000),
         ):
@@ -114,6 +116,7 @@ class Config:
             message_bytes=self.message_bytes,
             opening_s=self.opening_s,
             listeners=self.listeners_per_client,
+            streams=self.streams_per_client,
             keepalive_s=self.keepalive_s,
             keepalive_count=self.keepalive_count,
         )

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_origin
 
 import anyio
+from anyio.abc import ByteStream
 
 from ferryman.connection import Domain
 from ferryman.definition import parse_definition
 from ferryman.engine import HostEnd
 from ferryman.errors import DomainNotFoundError, FerrymanError, HostBusyError, NotSupportedError
-from ferryman.hookspecs import DriverHooks
+from ferryman.hookspecs import ConsoleRequest, DriverHooks
 from ferryman.types import DomainInfo, DomainUUID
 from ferryman_remote import ferry
+from ferryman_remote.contain import contained
 from ferryman_remote.daemon.answers import ANSWERS, CLOSE, Answer
 from ferryman_remote.daemon.errors import Code, Of, WireFault, fault, told, told_to_ferryman
 from ferryman_remote.daemon.events import packets_of
 from ferryman_remote.link import Link
 from ferryman_remote.protocol import REMOTE_PROGRAM, RemoteError, Void
+from ferryman_remote.streams import PacketStream, carry
 from ferryman_remote.values import ValueFormError, dump, hints_of, load, load_arguments
 from ferryman_remote.wire import MAX_MESSAGE_BYTES, Packet, PacketType, Status
 from ferryman_remote.xdr import XDRError, decode, encode
@@ -30,10 +33,13 @@ from ferryman_remote.xdr import XDRError, decode, encode
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from anyio.abc import ByteStream, TaskGroup
+    from anyio.abc import TaskGroup
 
     from ferryman.types import DomainEvent, TransferStatistics
     from ferryman_remote.daemon.hosts import Hosts, ServedHost
+
+Result: TypeAlias = tuple[Any, ...] | AbstractAsyncContextManager[ByteStream] | None
+"""Of a call: what is answered, or a stream to open; None is an empty answer."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,12 +69,14 @@ class Limits:
     :param message_bytes: of one message.
     :param opening_s: for a client to ask for a host; until it has one its messages are short.
     :param listeners: that it registers for events.
+    :param streams: that it has open, such as consoles.
     """
 
     calls: int = 32
     message_bytes: int = MAX_MESSAGE_BYTES
     opening_s: float = 30.0
     listeners: int = 1024
+    streams: int = 32
     keepalive_s: float = 5.0
     keepalive_count: int = 5
 
@@ -101,8 +109,9 @@ class Session:
 
     def __post_init__(self) -> None:
         self._calls: dict[int, anyio.CancelScope] = {}
+        self._streams: dict[int, PacketStream] = {}
         self._room = anyio.Semaphore(self.limits.calls)
-        self._waiting_room = anyio.Semaphore(self.limits.calls * _WAITING_PER_CALL)
+        self._waiting_room = anyio.Semaphore(self.limits.calls * _WAITING_PER_CALL + self.limits.streams)
         self._asked = anyio.Event()
         self._opening = anyio.Lock()
         self._next_listener = 0
@@ -137,7 +146,7 @@ class Session:
     async def _take(self, tasks: TaskGroup, packet: Packet) -> None:
         if packet.type is not PacketType.CALL:
             if packet.type is PacketType.STREAM:
-                self._refuse(packet, Code.NO_SUPPORT, "this daemon has no streams of that call")
+                self._take_of_stream(packet)
             else:
                 self.link.cut(f"a packet of type {packet.type.name}, which no client sends")
             return
@@ -169,16 +178,49 @@ class Session:
         try:
             with scope, self._answering(packet):
                 async with self._room:
-                    if packet.program == ferry.PROGRAM:
-                        self._reply(packet, await self._ferryman(packet))
-                    else:
-                        answer = ANSWERS[packet.procedure]
-                        self._reply(packet, await answer.body(self, self._arguments(packet, answer)))
+                    result = await self._result(packet)
+                    if not isinstance(result, AbstractAsyncContextManager):
+                        self._reply(packet, result)
+                if isinstance(result, AbstractAsyncContextManager):
+                    await self._run_stream(packet, result)
             if scope.cancelled_caught:
                 self._refuse(packet, Code.OPERATION_ABORTED, "the call was cancelled")
         finally:
             del self._calls[packet.serial]
             self._waiting_room.release()
+
+    async def _result(self, packet: Packet) -> Result:
+        """What a call comes to: an answer, or a stream to open."""
+        if packet.program == ferry.PROGRAM:
+            return await self._ferryman(packet)
+        answer = ANSWERS[packet.procedure]
+        arguments = self._arguments(packet, answer)
+        result: Any = answer.body(self, arguments)
+        if not answer.streams:
+            result = await result
+        return cast("Result", result)
+
+    # Streams
+
+    async def _run_stream(self, packet: Packet, opening: AbstractAsyncContextManager[ByteStream]) -> None:
+        """Open a stream, answer the call that asked for it, and serve it until it ends."""
+        if len(self._streams) >= self.limits.streams:
+            raise WireFault(Code.OPERATION_FAILED, f"a client has at most {self.limits.streams} streams")
+        async with AsyncExitStack() as stack:
+            guest = await stack.enter_async_context(opening)
+            stream = self._streams[packet.serial] = PacketStream(self.link, packet)
+            stack.callback(self._streams.pop, packet.serial)
+            self._reply(packet, None)
+            # The call has its answer, so nothing that goes wrong from here on may become another one.
+            with contained(f"a stream of {self.who}"):
+                await carry(stream, guest)
+                await stack.aclose()
+
+    def _take_of_stream(self, packet: Packet) -> None:
+        """Give a packet to its stream; one that has just ended needs it no more."""
+        stream = self._streams.get(packet.serial)
+        if stream is not None and stream.owns(packet):
+            stream.take(packet)
 
     @contextmanager
     def _answering(self, packet: Packet) -> Iterator[None]:
@@ -225,20 +267,22 @@ class Session:
 
     # Ferryman's program
 
-    async def _ferryman(self, packet: Packet) -> tuple[Any, ...]:
+    async def _ferryman(self, packet: Packet) -> Result:
         if packet.procedure == ferry.Number.OPEN:
             opening = decode(ferry.Open, packet.payload)
             await self.open(opening.uri, read_only=bool(opening.flags & 1))
             assert self.host is not None
             self.ferryman = True
             connection = self.host.connection
-            hooks = tuple(sorted(filter(connection.hooks.has, ferry.FORWARDED)))
+            hooks = tuple(sorted(filter(connection.hooks.has, ferry.OFFERED)))
             return ferry.OpenReply(connection.hooks.distribution, connection.address, hooks)
-        if packet.procedure not in (ferry.Number.HOOK, ferry.Number.HOST):
+        if packet.procedure not in (ferry.Number.HOOK, ferry.Number.HOST, ferry.Number.CONSOLE):
             raise NotSupportedError(f"Ferryman's program has no procedure {packet.procedure} here")
         if self.host is None:
             raise NotSupportedError("no host is open: OPEN is the first call")
         call = decode(ferry.Call, packet.payload)
+        if packet.procedure == ferry.Number.CONSOLE:
+            return await self._console(call)
         if packet.procedure == ferry.Number.HOOK:
             return ferry.CallReply(dump(await self._hook(call)))
         return ferry.CallReply(dump(await self._end(call, packet.serial)))
@@ -266,6 +310,14 @@ class Session:
             return parse_definition(str(reply)).without_secrets().render()
         return reply
 
+    async def _console(self, call: ferry.Call) -> ByteStream:
+        assert self.host is not None
+        self._need_to_change("domain_console")
+        await self.host.connection.acquire()
+        request = load(ConsoleRequest, call.arguments)
+        stream: ByteStream = await self.host.connection.hooks.call("domain_console", request, ByteStream)
+        return stream
+
     async def _end(self, call: ferry.Call, serial: int) -> object:
         assert self.host is not None
         if call.name not in _END_METHODS:
@@ -280,12 +332,14 @@ class Session:
 
     def _cancel(self, packet: Packet) -> None:
         try:
-            scope = self._calls.get(decode(ferry.Cancel, packet.payload).serial)
+            serial = decode(ferry.Cancel, packet.payload).serial
         except XDRError as error:
             self._refuse(packet, Code.RPC, f"Unable to decode message payload: {error}")
             return
-        if scope is not None:
-            scope.cancel()
+        if serial in self._streams:
+            self._streams[serial].break_off("it was cancelled")
+        elif serial in self._calls:
+            self._calls[serial].cancel()
         self._reply(packet, Void())
 
     # What it may do, and hears
