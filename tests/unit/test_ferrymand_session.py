@@ -16,6 +16,7 @@ import anyio.abc
 import pytest
 
 import ferryman_remote.link
+from ferryman import hookspecs
 from ferryman.testing import forget_world
 from ferryman_remote import ferry, protocol
 from ferryman_remote.daemon import calls  # noqa: F401 - it fills the registry of answers
@@ -29,6 +30,7 @@ from ferryman_remote.xdr import decode, encode
 
 NUMBERS = {procedure.name: procedure.number for procedure in PROCEDURES.values()}
 LIMITS = Limits(opening_s=20.0)
+WHO = hookspecs.Client(transport="unix", uid=1000, pid=7)
 LAB = "test:///session/host"
 DOMAIN = (
     "<domain type='test'><name>web</name><uuid>00000000-0000-4000-8000-000000000001</uuid>"
@@ -104,7 +106,7 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    directory: Path, limits: Limits = LIMITS, *, read_only: bool = False
+    directory: Path, limits: Limits = LIMITS, *, read_only: bool = False, reviewer: object | None = None
 ) -> AsyncIterator[Served]:
     place = Served(directory / "socket")
     try:
@@ -115,10 +117,11 @@ async def served(
                 default=LAB,
                 features=frozenset({1, 3, 6, 13}),
                 allows=lambda uri: not uri.params,
+                reviewer=reviewer,
             )
 
             async def session(stream: PlainStream, _peer: object) -> None:
-                await serve(stream, hosts, limits, who="a client", read_only=read_only)
+                await serve(stream, hosts, limits, client=WHO, read_only=read_only)
                 place.ended += 1
 
             tasks.start_soon(accept, listen_unix(place.path, 0o600), session)

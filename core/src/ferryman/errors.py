@@ -177,6 +177,12 @@ class HostBusyError(FerrymanError):
     code = "host-busy"
 
 
+class AccessDeniedError(FerrymanError):
+    """Whoever asked may not do that; nothing was changed."""
+
+    code = "access-denied"
+
+
 class ConnectionClosedError(FerrymanError):
     """The connection was closed before or during the call."""
 

@@ -1062,9 +1062,66 @@ class ObserverHooks:
         raise NotImplementedError
 
     @hookspec
+    async def access_review(self, request: AccessRequest) -> str | None:
+        """Say why a client of a daemon may not do what it asks; None where nothing speaks against it.
+
+        Asked before anything is done.  One refusal is enough, and an observer that fails here refuses.  What settles a
+        migration that has begun is never asked about, so that no rule can leave a guest between two hosts.
+        """
+        raise NotImplementedError
+
+    @hookspec
     async def migration_event(self, request: ObservedEvent) -> None:
         """See an event of a migration.  What an observer raises is logged with its distribution's name."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Client:
+    """A client of a daemon, as far as its connection shows who it is.
+
+    :param transport: ``unix``, ``tcp`` or ``tls``.
+    :param uid: of its process, over a unix socket.
+    :param pid: of its process, over a unix socket.
+    :param certificate: a name in its certificate, over TLS.
+    :param address: host and port, over a network.
+    """
+
+    transport: str
+    uid: int | None = None
+    pid: int | None = None
+    certificate: str | None = None
+    address: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Who it is, in a word: ``uid:1000``, ``certificate:NAME``, or ``anybody``."""
+        if self.certificate is not None:
+            return f"certificate:{self.certificate}"
+        return "anybody" if self.uid is None else f"uid:{self.uid}"
+
+    def __str__(self) -> str:
+        if self.uid is not None:
+            return f"user {self.uid}, process {self.pid}"
+        where = self.address or "an unknown address"
+        return where if self.certificate is None else f"{self.certificate} at {where}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccessRequest:
+    """What a client of a daemon asks to do.
+
+    :param action: the name of the hook that does it, such as ``domain_destroy``; ``connection_open``, ``migrate_out``,
+        ``migrate_in``, ``migrate_tune``, ``migrate_abort`` or ``migrate_resolve``.
+    :param host: connection URI of the host.
+    :param uuid: of the domain as the host knows it, or as the client's definition has it; None where it concerns none.
+    """
+
+    client: Client
+    action: str
+    host: str
+    uuid: DomainUUID | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

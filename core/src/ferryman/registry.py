@@ -22,7 +22,7 @@ from ferryman.errors import (
     NotSupportedError,
     UnknownSchemeError,
 )
-from ferryman.hookspecs import PROJECT, DriverHooks, ObservedEvent, ObserverHooks, hook_names
+from ferryman.hookspecs import PROJECT, AccessRequest, DriverHooks, ObservedEvent, ObserverHooks, hook_names
 from ferryman.types import Finding, FindingSeverity
 
 if TYPE_CHECKING:
@@ -179,6 +179,25 @@ class Hooks:
                 # Somebody else's code may raise anything, and a guest that is half-way between two hosts must not stop
                 # for it. It is logged with its traceback; a cancellation is no Exception, and passes.
                 _log.exception("observer failed on an event", extra={"distribution": distribution})
+
+    async def review_access(self, request: AccessRequest) -> str | None:
+        """Why a client may not do what it asks, by the first observer that refuses; one that fails refuses."""
+        for distribution, review in self._each_observer("access_review"):
+            try:
+                reason = await review(request)
+                if not (reason is None or isinstance(reason, str)):
+                    raise TypeError("it answered something else than a reason, or None")
+            except Exception:  # noqa: BLE001 - the boundary to code that is not ours
+                _log.exception("observer failed to review access", extra={"distribution": distribution})
+                return f"the observer {distribution} failed on the request"
+            if reason is not None:
+                return reason
+        return None
+
+    @property
+    def reviews_access(self) -> bool:
+        """Whether anybody reviews what clients of a daemon do."""
+        return bool(self._each_observer("access_review"))
 
     @property
     def observed(self) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ferryman_remote.protocol import PROCEDURES, Procedure
 
 if TYPE_CHECKING:
     from ferryman_remote.daemon.session import Session
 
-    Body = Callable[[Session, Any], Any]
-    AsyncBody = Callable[[Session, Any], Awaitable[Any]]
+Body: TypeAlias = "Callable[[Session, Any], Any]"
 
 _BY_NAME = {procedure.name: procedure for procedure in PROCEDURES.values()}
 CLOSE = _BY_NAME["CONNECT_CLOSE"].number
@@ -27,7 +26,7 @@ class Answer:
     :param waits: it is a coroutine function or streams, and runs in a task of its own; others are called where the
         packet is read.
     :param needs_host: only after a host has been opened.
-    :param writes: not on a connection that is read-only.
+    :param action: what it does to the host, as rules name it, and not on a connection that is read-only; '' only reads.
     :param streams: what it returns is a context that gives a stream of bytes, which the client reads and writes.
     """
 
@@ -35,7 +34,7 @@ class Answer:
     body: Body
     waits: bool
     needs_host: bool
-    writes: bool
+    action: str
     streams: bool
 
 
@@ -44,7 +43,7 @@ ANSWERS: dict[int, Answer] = {}
 
 
 def answers(
-    *names: str, needs_host: bool = True, writes: bool = False, streams: bool = False
+    *names: str, needs_host: bool = True, action: str = "", streams: bool = False
 ) -> Callable[[Body], Body]:
     """Register a function as the answer to these procedures."""
 
@@ -52,7 +51,7 @@ def answers(
         for name in names:
             procedure = _BY_NAME[name]
             waits = inspect.iscoroutinefunction(body)
-            ANSWERS[procedure.number] = Answer(procedure, body, waits or streams, needs_host, writes, streams)
+            ANSWERS[procedure.number] = Answer(procedure, body, waits or streams, needs_host, action, streams)
         return body
 
     return keep

@@ -22,7 +22,7 @@ from ferryman.errors import HypervisorError
 from ferryman.types import DomainInfo, DomainState, DomainStatistics, DomainUUID, Scope, ShutdownMode, Tuning
 from ferryman_remote import protocol as p
 from ferryman_remote.daemon import events, moves
-from ferryman_remote.daemon.answers import answers
+from ferryman_remote.daemon.answers import Body, answers
 from ferryman_remote.daemon.errors import Code, Of, WireFault
 from ferryman_remote.daemon.hosts import ServedHost
 from ferryman_remote.daemon.session import Listener, Session
@@ -55,7 +55,11 @@ _KIB = 1024
 
 
 _before_open = partial(answers, needs_host=False)
-_changes = partial(answers, writes=True)
+
+
+def _changes(action: str, *names: str, streams: bool = False) -> Callable[[Body], Body]:
+    """Register the answer to procedures that do something to a host, by the name that rules have for it."""
+    return answers(*names, action=action, streams=streams)
 
 
 def _host(session: Session) -> ServedHost:
@@ -305,18 +309,18 @@ async def _by_id(session: Session, arguments: p.DomainLookupById) -> p.OfDomain:
 # Life
 
 
-@_changes("DOMAIN_DEFINE_XML")
+@_changes("domain_define", "DOMAIN_DEFINE_XML")
 async def _define(session: Session, arguments: p.DomainDefineXml) -> p.OfDomain:
     return await _told(session, await _host(session).connection.define(arguments.xml))
 
 
-@_changes("DOMAIN_DEFINE_XML_FLAGS")
+@_changes("domain_define", "DOMAIN_DEFINE_XML_FLAGS")
 async def _define_flags(session: Session, arguments: p.DomainDefineXmlFlags) -> p.OfDomain:
     _need_flags(arguments.flags, _DEFINE_VALIDATE, "DOMAIN_DEFINE_XML_FLAGS")
     return await _told(session, await _host(session).connection.define(arguments.xml))
 
 
-@_changes("DOMAIN_CREATE_XML")
+@_changes("domain_create", "DOMAIN_CREATE_XML")
 async def _create_xml(session: Session, arguments: p.DomainCreateXml) -> p.OfDomain:
     how = _started_how(arguments.flags, "DOMAIN_CREATE_XML")
     domain = await _host(session).connection.create(arguments.xml_desc, **how)
@@ -330,12 +334,12 @@ def _started_how(flags: int, what: str) -> dict[str, bool]:
     return {"paused": bool(flags & _CREATE_PAUSED), "autodestroy": bool(flags & _CREATE_AUTODESTROY)}
 
 
-@_changes("DOMAIN_CREATE")
+@_changes("domain_start", "DOMAIN_CREATE")
 async def _create(session: Session, arguments: p.OfDomain) -> None:
     await _domain(session, arguments.dom).start()
 
 
-@_changes("DOMAIN_CREATE_WITH_FLAGS")
+@_changes("domain_start", "DOMAIN_CREATE_WITH_FLAGS")
 async def _create_with_flags(session: Session, arguments: p.OfDomainWithFlags) -> p.OfDomain:
     how = _started_how(arguments.flags, "DOMAIN_CREATE_WITH_FLAGS")
     domain = _domain(session, arguments.dom)
@@ -345,19 +349,19 @@ async def _create_with_flags(session: Session, arguments: p.OfDomainWithFlags) -
     return await _told(session, domain)
 
 
-@_changes("DOMAIN_DESTROY_FLAGS")
+@_changes("domain_destroy", "DOMAIN_DESTROY_FLAGS")
 async def _destroy_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
     _need_flags(arguments.flags, 0, "DOMAIN_DESTROY_FLAGS")
     await _destroy(session, p.OfDomain(arguments.dom))
 
 
-@_changes("DOMAIN_DESTROY")
+@_changes("domain_destroy", "DOMAIN_DESTROY")
 async def _destroy(session: Session, arguments: p.OfDomain) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).destroy()
 
 
-@_changes("DOMAIN_SUSPEND")
+@_changes("domain_suspend", "DOMAIN_SUSPEND")
 async def _suspend(session: Session, arguments: p.OfDomain) -> None:
     info = await _active(session, arguments.dom)
     move = _host(session).moves.get(info.uuid)
@@ -368,7 +372,7 @@ async def _suspend(session: Session, arguments: p.OfDomain) -> None:
     await _domain(session, arguments.dom).suspend()
 
 
-@_changes("DOMAIN_RESUME")
+@_changes("domain_resume", "DOMAIN_RESUME")
 async def _resume(session: Session, arguments: p.OfDomain) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).resume()
@@ -383,47 +387,47 @@ def _mode(flags: int) -> ShutdownMode:
     return _MODES[flags]
 
 
-@_changes("DOMAIN_SHUTDOWN")
+@_changes("domain_shutdown", "DOMAIN_SHUTDOWN")
 async def _shutdown(session: Session, arguments: p.OfDomain) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).shutdown()
 
 
-@_changes("DOMAIN_SHUTDOWN_FLAGS")
+@_changes("domain_shutdown", "DOMAIN_SHUTDOWN_FLAGS")
 async def _shutdown_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).shutdown(_mode(arguments.flags))
 
 
-@_changes("DOMAIN_REBOOT")
+@_changes("domain_reboot", "DOMAIN_REBOOT")
 async def _reboot(session: Session, arguments: p.OfDomainWithFlags) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).reboot(_mode(arguments.flags))
 
 
-@_changes("DOMAIN_UNDEFINE")
+@_changes("domain_undefine", "DOMAIN_UNDEFINE")
 async def _undefine(session: Session, arguments: p.OfDomain) -> None:
     await _domain(session, arguments.dom).undefine()
 
 
-@_changes("DOMAIN_UNDEFINE_FLAGS")
+@_changes("domain_undefine", "DOMAIN_UNDEFINE_FLAGS")
 async def _undefine_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
     _need_flags(arguments.flags, _UNDEFINE_WITH_ALL, "DOMAIN_UNDEFINE_FLAGS")
     await _domain(session, arguments.dom).undefine()
 
 
-@_changes("DOMAIN_SAVE")
+@_changes("domain_save", "DOMAIN_SAVE")
 async def _save(session: Session, arguments: p.DomainSave) -> None:
     await _active(session, arguments.dom)
     await _domain(session, arguments.dom).save(arguments.to)
 
 
-@_changes("DOMAIN_RESTORE")
+@_changes("domain_restore", "DOMAIN_RESTORE")
 async def _restore(session: Session, arguments: p.DomainRestore) -> None:
     await _host(session).connection.restore(arguments.from_)
 
 
-@_changes("DOMAIN_OPEN_CONSOLE", streams=True)
+@_changes("domain_console", "DOMAIN_OPEN_CONSOLE", streams=True)
 def _open_console(
     session: Session, arguments: p.DomainOpenConsole
 ) -> AbstractAsyncContextManager[ByteStream]:
@@ -443,50 +447,50 @@ def _scope(flags: int, what: str) -> Scope:
     return _SCOPES[flags]
 
 
-@_changes("DOMAIN_SET_AUTOSTART")
+@_changes("domain_autostart", "DOMAIN_SET_AUTOSTART")
 async def _set_autostart(session: Session, arguments: p.DomainSetAutostart) -> None:
     await _domain(session, arguments.dom).set_autostart(arguments.autostart != 0)
 
 
-@_changes("DOMAIN_SET_MEMORY")
+@_changes("domain_set_memory", "DOMAIN_SET_MEMORY")
 async def _set_memory(session: Session, arguments: p.DomainSetMemory) -> None:
     await _domain(session, arguments.dom).set_memory(arguments.memory * _KIB, Scope.LIVE)
 
 
-@_changes("DOMAIN_SET_MEMORY_FLAGS")
+@_changes("domain_set_memory", "DOMAIN_SET_MEMORY_FLAGS")
 async def _set_memory_flags(session: Session, arguments: p.DomainSetMemoryFlags) -> None:
     scope = _scope(arguments.flags, "DOMAIN_SET_MEMORY_FLAGS")
     await _domain(session, arguments.dom).set_memory(arguments.memory * _KIB, scope)
 
 
-@_changes("DOMAIN_SET_VCPUS")
+@_changes("domain_set_vcpus", "DOMAIN_SET_VCPUS")
 async def _set_vcpus(session: Session, arguments: p.DomainSetVcpus) -> None:
     await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus, Scope.LIVE)
 
 
-@_changes("DOMAIN_SET_VCPUS_FLAGS")
+@_changes("domain_set_vcpus", "DOMAIN_SET_VCPUS_FLAGS")
 async def _set_vcpus_flags(session: Session, arguments: p.DomainSetVcpusFlags) -> None:
     scope = _scope(arguments.flags, "DOMAIN_SET_VCPUS_FLAGS")
     await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus, scope)
 
 
-@_changes("DOMAIN_ATTACH_DEVICE")
+@_changes("domain_attach", "DOMAIN_ATTACH_DEVICE")
 async def _attach(session: Session, arguments: p.DomainAttachDevice) -> None:
     await _domain(session, arguments.dom).attach_device(arguments.xml, Scope.LIVE)
 
 
-@_changes("DOMAIN_ATTACH_DEVICE_FLAGS")
+@_changes("domain_attach", "DOMAIN_ATTACH_DEVICE_FLAGS")
 async def _attach_flags(session: Session, arguments: p.DomainAttachDeviceFlags) -> None:
     scope = _scope(arguments.flags, "DOMAIN_ATTACH_DEVICE_FLAGS")
     await _domain(session, arguments.dom).attach_device(arguments.xml, scope)
 
 
-@_changes("DOMAIN_DETACH_DEVICE")
+@_changes("domain_detach", "DOMAIN_DETACH_DEVICE")
 async def _detach(session: Session, arguments: p.DomainAttachDevice) -> None:
     await _domain(session, arguments.dom).detach_device(arguments.xml, Scope.LIVE)
 
 
-@_changes("DOMAIN_DETACH_DEVICE_FLAGS")
+@_changes("domain_detach", "DOMAIN_DETACH_DEVICE_FLAGS")
 async def _detach_flags(session: Session, arguments: p.DomainAttachDeviceFlags) -> None:
     scope = _scope(arguments.flags, "DOMAIN_DETACH_DEVICE_FLAGS")
     await _domain(session, arguments.dom).detach_device(arguments.xml, scope)
@@ -803,18 +807,18 @@ async def _job_stats(session: Session, arguments: p.OfDomainWithFlags) -> p.Doma
     return p.DomainGetJobStatsReply(_JOB_NONE, ())
 
 
-@_changes("DOMAIN_ABORT_JOB_FLAGS")
+@_changes("migrate_abort", "DOMAIN_ABORT_JOB_FLAGS")
 async def _abort_flags(session: Session, arguments: p.OfDomainWithFlags) -> None:
     _need_flags(arguments.flags, 0, "DOMAIN_ABORT_JOB_FLAGS")
     await _abort(session, p.OfDomain(arguments.dom))
 
 
-@_changes("DOMAIN_ABORT_JOB")
+@_changes("migrate_abort", "DOMAIN_ABORT_JOB")
 async def _abort(session: Session, arguments: p.OfDomain) -> None:
     moves.running(_host(session), _uuid(arguments.dom)).job.abort()
 
 
-@_changes("DOMAIN_MIGRATE_SET_MAX_DOWNTIME")
+@_changes("migrate_tune", "DOMAIN_MIGRATE_SET_MAX_DOWNTIME")
 async def _set_downtime(session: Session, arguments: p.DomainMigrateSetMaxDowntime) -> None:
     _need_flags(arguments.flags, 0, "DOMAIN_MIGRATE_SET_MAX_DOWNTIME")
     move = moves.running(_host(session), _uuid(arguments.dom))
@@ -832,7 +836,7 @@ async def _get_downtime(
     return p.DomainMigrateGetMaxDowntimeReply(_DOWNTIME_MS if asked_ms is None else asked_ms)
 
 
-@_changes("DOMAIN_MIGRATE_SET_MAX_SPEED")
+@_changes("migrate_tune", "DOMAIN_MIGRATE_SET_MAX_SPEED")
 async def _set_speed(session: Session, arguments: p.DomainMigrateSetMaxSpeed) -> None:
     host, uuid = _host(session), _uuid(arguments.dom)
     _need_flags(arguments.flags, 1, "DOMAIN_MIGRATE_SET_MAX_SPEED")
@@ -853,7 +857,7 @@ async def _get_speed(session: Session, arguments: p.OfDomainWithFlags) -> p.Doma
     return p.DomainMigrateGetMaxSpeedReply(_host(session).speeds.get(_uuid(arguments.dom), 0))
 
 
-@_changes("DOMAIN_MIGRATE_START_POST_COPY")
+@_changes("migrate_tune", "DOMAIN_MIGRATE_START_POST_COPY")
 async def _start_postcopy(session: Session, arguments: p.OfDomainWithFlags) -> None:
     _need_flags(arguments.flags, 0, "DOMAIN_MIGRATE_START_POST_COPY")
     await moves.running(_host(session), _uuid(arguments.dom)).job.switch_to_postcopy()
@@ -862,19 +866,19 @@ async def _start_postcopy(session: Session, arguments: p.OfDomainWithFlags) -> N
 # Migration, by the versions of its protocol
 
 
-@_changes("DOMAIN_MIGRATE_PREPARE")
+@_changes("migrate_in", "DOMAIN_MIGRATE_PREPARE")
 async def _prepare1(session: Session, arguments: p.DomainMigratePrepare) -> p.DomainMigratePrepareReply:
     shown, address = await moves.prepare(session, arguments.dname, None, None)
     return p.DomainMigratePrepareReply(shown, arguments.uri_in or address)
 
 
-@_changes("DOMAIN_MIGRATE_PREPARE2")
+@_changes("migrate_in", "DOMAIN_MIGRATE_PREPARE2")
 async def _prepare2(session: Session, arguments: p.DomainMigratePrepare2) -> p.DomainMigratePrepare2Reply:
     shown, address = await moves.prepare(session, arguments.dname, arguments.dom_xml, None)
     return p.DomainMigratePrepare2Reply(shown, arguments.uri_in or address)
 
 
-@_changes("DOMAIN_MIGRATE_PERFORM")
+@_changes("migrate_out", "DOMAIN_MIGRATE_PERFORM")
 async def _perform1(session: Session, arguments: p.DomainMigratePerform) -> None:
     # One field of the message is where the other host is asked, or where the guest is sent.
     by_itself = bool(arguments.flags & moves.Flag.PEER2PEER)
@@ -885,30 +889,30 @@ async def _perform1(session: Session, arguments: p.DomainMigratePerform) -> None
     await _performed(session, arguments.dom, address, arguments.cookie, arguments.flags, parameters)
 
 
-@_changes("DOMAIN_MIGRATE_FINISH")
+@_changes("migrate_end", "DOMAIN_MIGRATE_FINISH")
 async def _finish1(session: Session, arguments: p.DomainMigrateFinish) -> p.DomainMigrateFinishReply:
     domain = await moves.finish(session, arguments.dname, arguments.cookie, cancelled=False)
     return p.DomainMigrateFinishReply((await _told(session, domain)).dom)
 
 
-@_changes("DOMAIN_MIGRATE_FINISH2")
+@_changes("migrate_end", "DOMAIN_MIGRATE_FINISH2")
 async def _finish2(session: Session, arguments: p.DomainMigrateFinish2) -> p.DomainMigrateFinish2Reply:
     domain = await moves.finish(session, arguments.dname, arguments.cookie, cancelled=arguments.retcode != 0)
     return p.DomainMigrateFinish2Reply((await _told(session, domain)).dom)
 
 
-@_changes("DOMAIN_MIGRATE_BEGIN3")
+@_changes("migrate_out", "DOMAIN_MIGRATE_BEGIN3")
 async def _begin3(session: Session, arguments: p.DomainMigrateBegin3) -> p.MigrateBeginReply:
     return p.MigrateBeginReply(*await moves.begin(_host(session), _uuid(arguments.dom), arguments.xmlin))
 
 
-@_changes("DOMAIN_MIGRATE_PREPARE3")
+@_changes("migrate_in", "DOMAIN_MIGRATE_PREPARE3")
 async def _prepare3(session: Session, arguments: p.DomainMigratePrepare3) -> p.MigratePrepareReply:
     shown, address = await moves.prepare(session, arguments.dname, arguments.dom_xml, arguments.cookie_in)
     return p.MigratePrepareReply(shown, arguments.uri_in or address)
 
 
-@_changes("DOMAIN_MIGRATE_PERFORM3")
+@_changes("migrate_out", "DOMAIN_MIGRATE_PERFORM3")
 async def _perform3(session: Session, arguments: p.DomainMigratePerform3) -> p.CookieReply:
     parameters = moves.parameters_of(
         uri=arguments.uri, name=arguments.dname, definition=arguments.xmlin, mib_per_s=arguments.resource
@@ -935,7 +939,7 @@ async def _performed(
     return p.CookieReply(await moves.perform(_host(session), domain, shown, flags, parameters))
 
 
-@_changes("DOMAIN_MIGRATE_FINISH3")
+@_changes("migrate_end", "DOMAIN_MIGRATE_FINISH3")
 async def _finish3(session: Session, arguments: p.DomainMigrateFinish3) -> p.MigrateFinishReply:
     domain = await moves.finish(
         session, arguments.dname, arguments.cookie_in, cancelled=arguments.cancelled != 0
@@ -943,7 +947,7 @@ async def _finish3(session: Session, arguments: p.DomainMigrateFinish3) -> p.Mig
     return p.MigrateFinishReply((await _told(session, domain)).dom, moves.cookie())
 
 
-@_changes("DOMAIN_MIGRATE_CONFIRM3", "DOMAIN_MIGRATE_CONFIRM3_PARAMS")
+@_changes("migrate_end", "DOMAIN_MIGRATE_CONFIRM3", "DOMAIN_MIGRATE_CONFIRM3_PARAMS")
 async def _confirm3(session: Session, arguments: p.DomainMigrateConfirm3) -> None:
     """Nothing: both hosts have settled it, or do so by themselves."""
 
@@ -955,13 +959,13 @@ def _text(parameters: tuple[TypedParameter, ...], name: str) -> str | None:
     return None
 
 
-@_changes("DOMAIN_MIGRATE_BEGIN3_PARAMS")
+@_changes("migrate_out", "DOMAIN_MIGRATE_BEGIN3_PARAMS")
 async def _begin3_params(session: Session, arguments: p.DomainMigrateBegin3Params) -> p.MigrateBeginReply:
     given = _text(arguments.params, "destination_xml")
     return p.MigrateBeginReply(*await moves.begin(_host(session), _uuid(arguments.dom), given))
 
 
-@_changes("DOMAIN_MIGRATE_PREPARE3_PARAMS")
+@_changes("migrate_in", "DOMAIN_MIGRATE_PREPARE3_PARAMS")
 async def _prepare3_params(
     session: Session, arguments: p.DomainMigratePrepare3Params
 ) -> p.MigratePrepareReply:
@@ -970,14 +974,14 @@ async def _prepare3_params(
     return p.MigratePrepareReply(shown, _text(arguments.params, "migrate_uri") or address)
 
 
-@_changes("DOMAIN_MIGRATE_PERFORM3_PARAMS")
+@_changes("migrate_out", "DOMAIN_MIGRATE_PERFORM3_PARAMS")
 async def _perform3_params(session: Session, arguments: p.DomainMigratePerform3Params) -> p.CookieReply:
     return await _performed(
         session, arguments.dom, arguments.dconnuri, arguments.cookie_in, arguments.flags, arguments.params
     )
 
 
-@_changes("DOMAIN_MIGRATE_FINISH3_PARAMS")
+@_changes("migrate_end", "DOMAIN_MIGRATE_FINISH3_PARAMS")
 async def _finish3_params(session: Session, arguments: p.DomainMigrateFinish3Params) -> p.MigrateFinishReply:
     name = _text(arguments.params, "destination_name")
     if name is None:

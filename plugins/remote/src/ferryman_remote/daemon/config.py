@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ferryman_remote.daemon.rules import Rules, RulesError, read_rules
 from ferryman_remote.daemon.session import Limits
 from ferryman_remote.transports import TCP_PORT, runtime_directory
 from ferryman_remote.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
@@ -48,6 +49,7 @@ class Config:
     :param tls_allowed_names: patterns; a client's certificate must have a name that fits one.
     :param pki_directory: holds ``cacert.pem``, ``servercert.pem``, ``serverkey.pem``, ``clientcert.pem`` and
         ``clientkey.pem``, the last two for asking other hosts; '' is where libvirt has them.
+    :param rules: path of a file that says who may do what; '' is none, and whoever may connect may do everything.
     :param migration_protocols: versions of libvirt's that are offered to its clients.
     :param clients: that are served at a time.
     """
@@ -63,6 +65,7 @@ class Config:
     tls_listen: str = ""
     tls_allowed_names: tuple[str, ...] = ("*",)
     pki_directory: str = ""
+    rules: str = ""
     migration_protocols: tuple[str, ...] = PROTOCOLS
     peer_to_peer: bool = True
     clients: int = 5000
@@ -129,6 +132,15 @@ class Config:
         if not self.allowed_uris:
             return not uri.params
         return any(fnmatchcase(text, pattern) for pattern in self.allowed_uris)
+
+    def reviewer(self) -> Rules | None:
+        """The rules. :raises ConfigError: they cannot be read."""
+        if not self.rules:
+            return None
+        try:
+            return read_rules(Path(self.rules).read_text())
+        except (OSError, UnicodeDecodeError, RulesError) as error:
+            raise ConfigError(f"{self.rules} cannot be used: {error}") from error
 
     @property
     def features(self) -> frozenset[int]:

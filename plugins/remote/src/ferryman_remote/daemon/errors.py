@@ -36,6 +36,7 @@ class Code(IntEnum):
     ARGUMENT_UNSUPPORTED = 74
     OPERATION_ABORTED = 78
     RESOURCE_BUSY = 87
+    ACCESS_DENIED = 88
     MIGRATE_FINISH_OK = 93
 
 
@@ -60,6 +61,7 @@ _CODES: dict[type[FerrymanError], Code] = {
     errors.NotSupportedError: Code.NO_SUPPORT,
     errors.HypervisorError: Code.OPERATION_FAILED,
     errors.HostBusyError: Code.RESOURCE_BUSY,
+    errors.AccessDeniedError: Code.ACCESS_DENIED,
     errors.DomainNotFoundError: Code.NO_DOMAIN,
     errors.DomainExistsError: Code.DOM_EXIST,
     errors.DomainStateError: Code.OPERATION_INVALID,

@@ -91,6 +91,7 @@ class Hosts:
     :param address: makes the address by which others reach a host through this daemon.
     :param default: the host of clients that name none.
     :param features: libvirt's numbers of what hosts can do.
+    :param reviewer: an observer that says who may do what, beside those that are installed; None is nobody.
     :param allows: whether clients may open a host.  Opening it makes its directory, takes its lock and settles what is
         open there, with the daemon's own rights.
     """
@@ -103,12 +104,14 @@ class Hosts:
         default: str,
         features: frozenset[int],
         allows: Callable[[ConnectionURI], bool],
+        reviewer: object | None = None,
     ) -> None:
         self._tasks = tasks
         self._address = address
         self.default = default
         self.features = features
         self._allows = allows
+        self._reviewer = reviewer
         self._hosts: dict[str, ServedHost] = {}
         self._opening: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
 
@@ -148,6 +151,8 @@ class Hosts:
         host: ServedHost | None = None
         try:
             async with ferryman.connect(uri, address=self._address(uri)) as connection:
+                if self._reviewer is not None:
+                    connection.hooks.add_observer(self._reviewer, "ferryman-remote")
                 await connection.acquire()
                 with connection.events() as events:
                     host = ServedHost(connection)

@@ -11,6 +11,7 @@ import stat
 import struct
 import sys
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ import anyio
 import anyio.abc
 
 from ferryman.errors import ConnectError, FerrymanError
+from ferryman.hookspecs import Client
 from ferryman.registry import DRIVERS
 from ferryman.uri import ConnectionURI
 from ferryman_remote.daemon.config import Config, ConfigError, default_path, read_config, split_address
@@ -42,12 +44,14 @@ class Daemon:
     """The listeners, the clients and the hosts of one process.
 
     :ivar addresses: that it listens on, for messages and tests.
+    :raises ConfigError: the rules cannot be read.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.addresses: list[str] = []
         self._clients = 0
+        self._reviewer = config.reviewer()
         self._reached: tuple[str, str, int] | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -64,6 +68,7 @@ class Daemon:
                 default=self.config.default_uri,
                 features=self.config.features,
                 allows=self.config.allows,
+                reviewer=self._reviewer,
             )
             for scheme in self.config.schemes or _installed_schemes():
                 for read_only in (False, True):
@@ -117,16 +122,18 @@ class Daemon:
         if not read_only and uid not in (0, os.geteuid()):
             _log.warning("user %d, process %d, may not change anything here: refused", uid, pid)
             return
-        who = f"user {uid}, process {pid}"
-        with self._place(who) as place:
+        client = Client(transport="unix", uid=uid, pid=pid)
+        with self._place(client) as place:
             if place:
-                await serve(stream, hosts, self.config.limits, who=who, read_only=read_only, secure=True)
+                await serve(
+                    stream, hosts, self.config.limits, client=client, read_only=read_only, secure=True
+                )
 
     async def _serve_tls(
         self, hosts: Hosts, context: ssl.SSLContext, stream: PlainStream, peer: tuple[str, int]
     ) -> None:
-        who = f"{peer[0]} port {peer[1]}"
-        with self._place(who) as place:
+        client = _at("tls", peer)
+        with self._place(client) as place:
             if not place:
                 return
             try:
@@ -134,18 +141,19 @@ class Daemon:
                     encrypted, name = await as_server(stream, context, self.config.tls_allowed_names)
             except (ConnectError, TimeoutError) as error:
                 why = str(error) or f"the handshake took longer than {self.config.opening_s:g} s"
-                _log.warning("%s is refused: %s", who, why)
+                _log.warning("%s is refused: %s", client, why)
                 return
-            await serve(encrypted, hosts, self.config.limits, who=f"{name} at {who}", secure=True)
+            client = replace(client, certificate=name)
+            await serve(encrypted, hosts, self.config.limits, client=client, secure=True)
 
     async def _serve_tcp(self, hosts: Hosts, stream: PlainStream, peer: tuple[str, int]) -> None:
-        who = f"{peer[0]} port {peer[1]}"
-        with self._place(who) as place:
+        client = _at("tcp", peer)
+        with self._place(client) as place:
             if place:
-                await serve(stream, hosts, self.config.limits, who=who)
+                await serve(stream, hosts, self.config.limits, client=client)
 
     @contextmanager
-    def _place(self, who: str) -> Iterator[bool]:
+    def _place(self, who: Client) -> Iterator[bool]:
         """A place among the clients, or False where there is none; the log says who was turned away."""
         if self._clients >= self.config.clients:
             _log.warning("%s is one client more than %d: refused", who, self.config.clients)
@@ -156,6 +164,10 @@ class Daemon:
             yield True
         finally:
             self._clients -= 1
+
+
+def _at(transport: str, peer: tuple[str, int]) -> Client:
+    return Client(transport=transport, address=f"{peer[0]} port {peer[1]}")
 
 
 async def _open_ahead(hosts: Hosts, uri: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_origin
 
 import anyio
@@ -15,11 +16,12 @@ from anyio.abc import ByteStream
 from ferryman.connection import Domain
 from ferryman.definition import parse_definition
 from ferryman.engine import HostEnd
-from ferryman.errors import DomainNotFoundError, FerrymanError, HostBusyError, NotSupportedError
-from ferryman.hookspecs import ConsoleRequest, DriverHooks
+from ferryman.errors import AccessDeniedError, DomainNotFoundError, FerrymanError, NotSupportedError
+from ferryman.hookspecs import AccessRequest, Client, ConsoleRequest, DriverHooks
 from ferryman.types import DomainInfo, DomainUUID
 from ferryman_remote import ferry
 from ferryman_remote.contain import contained
+from ferryman_remote.daemon.access import UNASKED, Subject, audit, subject_of
 from ferryman_remote.daemon.answers import ANSWERS, CLOSE, Answer
 from ferryman_remote.daemon.errors import Code, Of, WireFault, fault, told, told_to_ferryman
 from ferryman_remote.daemon.events import packets_of
@@ -31,7 +33,7 @@ from ferryman_remote.wire import MAX_MESSAGE_BYTES, Packet, PacketType, Status
 from ferryman_remote.xdr import XDRError, decode, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from anyio.abc import TaskGroup
 
@@ -46,6 +48,14 @@ _log = logging.getLogger(__name__)
 _WAITING_PER_CALL = 8
 _OPENING_BYTES = 65_536
 _AWAITED = 256
+_ACTIONS = {
+    "begin": "migrate_out",
+    "expect": "migrate_in",
+    "prepare": "migrate_in",
+    "resolve": "migrate_resolve",
+}
+"""What methods of a host's end are called where it is asked who may do it."""
+
 _END_METHODS = frozenset(name for name, _ in inspect.getmembers(HostEnd, inspect.iscoroutinefunction))
 
 
@@ -93,7 +103,7 @@ class Session:
     link: Link
     hosts: Hosts
     limits: Limits
-    who: str
+    client: Client
     read_only: bool = False
     secure: bool = False
     """Nobody else can read what it says."""
@@ -108,6 +118,7 @@ class Session:
     """It speaks Ferryman's program, and hears of every event in its words."""
 
     def __post_init__(self) -> None:
+        self.who = str(self.client)
         self._calls: dict[int, anyio.CancelScope] = {}
         self._streams: dict[int, PacketStream] = {}
         self._room = anyio.Semaphore(self.limits.calls)
@@ -195,10 +206,52 @@ class Session:
             return await self._ferryman(packet)
         answer = ANSWERS[packet.procedure]
         arguments = self._arguments(packet, answer)
-        result: Any = answer.body(self, arguments)
-        if not answer.streams:
-            result = await result
-        return cast("Result", result)
+        if answer.streams:
+            return self._opening_of(answer.action, subject_of(arguments), answer.body(self, arguments))
+        if not answer.action:
+            return cast("Result", await answer.body(self, arguments))
+        async with self._doing(answer.action, subject_of(arguments)):
+            return cast("Result", await answer.body(self, arguments))
+
+    # What it may do, and what it has done
+
+    @asynccontextmanager
+    async def _doing(self, action: str, subject: Subject) -> AsyncIterator[None]:
+        """Let the client do something to its host, if it may, and write down what became of it.
+
+        :raises AccessDeniedError: it may not.
+        """
+        assert self.host is not None
+        hooks = self.host.connection.hooks
+        told = partial(audit, self.client, action, self.uri)
+        if hooks.reviews_access and action not in UNASKED:
+            if subject.known is not None:
+                # A client says names as it likes: what counts is the one that the host has for the uuid.
+                found = await self.host.connection.lookup_by_uuid(subject.known[0])
+                subject = Subject(found.uuid, found.name)
+            request = AccessRequest(
+                client=self.client, action=action, host=self.uri, uuid=subject.uuid, name=subject.name
+            )
+            reason = await hooks.review_access(request)
+            if reason is not None:
+                told(subject.name, "refused", reason)
+                raise AccessDeniedError(f"access denied: {reason}")
+        try:
+            yield
+        except BaseException as error:
+            told(subject.name, "failed", str(error) or type(error).__name__)
+            raise
+        told(subject.name, "done")
+
+    @asynccontextmanager
+    async def _opening_of(
+        self, action: str, subject: Subject, opening: AbstractAsyncContextManager[ByteStream]
+    ) -> AsyncIterator[ByteStream]:
+        """The same of a stream: what became of its opening."""
+        async with AsyncExitStack() as stack:
+            async with self._doing(action, subject):
+                stream = await stack.enter_async_context(opening)
+            yield stream
 
     # Streams
 
@@ -245,7 +298,7 @@ class Session:
         """What a call says. :raises WireFault: it may not be made. :raises XDRError: it cannot be read."""
         if answer.needs_host and self.host is None:
             raise WireFault(Code.INTERNAL, "hypervisor connection not open", Of.RPC)
-        if answer.writes and self.read_only:
+        if answer.action and self.read_only:
             raise WireFault(
                 Code.OPERATION_DENIED,
                 f"operation forbidden: read only access prevents {answer.procedure.name}",
@@ -282,7 +335,7 @@ class Session:
             raise NotSupportedError("no host is open: OPEN is the first call")
         call = decode(ferry.Call, packet.payload)
         if packet.procedure == ferry.Number.CONSOLE:
-            return await self._console(call)
+            return self._console(call)
         if packet.procedure == ferry.Number.HOOK:
             return ferry.CallReply(dump(await self._hook(call)))
         return ferry.CallReply(dump(await self._end(call, packet.serial)))
@@ -295,28 +348,32 @@ class Session:
         hints = hints_of(getattr(DriverHooks, call.name))
         admit = {"admit": connection.host.require_free} if call.name == "domain_restore" else {}
         request = load(hints["request"], call.arguments, **admit)
-        if call.name not in ferry.READS:
-            self._need_to_change(call.name)
+        returned = hints["return"]
+        returned = get_origin(returned) or returned
+        if call.name in ferry.READS:
+            reply = await connection.hooks.call(call.name, request, returned)
+            if call.name == "domain_definition" and self.read_only:
+                return parse_definition(str(reply)).without_secrets().render()
+            return reply
+        self._need_to_change(call.name)
+        subject = subject_of(request)
+        async with self._doing(call.name, subject):
             await connection.acquire()
             # What is suspended while it is migrated goes on where it ends up.
-            if call.name != "domain_suspend" and hasattr(request, "uuid") and hasattr(request, "name"):
-                connection.host.require_free(request.uuid, request.name)
-        returned = hints["return"]
-        reply = await connection.hooks.call(call.name, request, get_origin(returned) or returned)
-        if getattr(request, "autodestroy", False):
-            assert isinstance(reply, DomainInfo)
-            self.destroy_on_leaving(Domain(connection, reply.name, reply.uuid))
-        if call.name == "domain_definition" and self.read_only:
-            return parse_definition(str(reply)).without_secrets().render()
-        return reply
+            if call.name != "domain_suspend" and subject.known:
+                connection.host.require_free(*subject.known)
+            reply = await connection.hooks.call(call.name, request, returned)
+            if getattr(request, "autodestroy", False):
+                assert isinstance(reply, DomainInfo)
+                self.destroy_on_leaving(Domain(connection, reply.name, reply.uuid))
+            return reply
 
-    async def _console(self, call: ferry.Call) -> ByteStream:
+    def _console(self, call: ferry.Call) -> AbstractAsyncContextManager[ByteStream]:
         assert self.host is not None
         self._need_to_change("domain_console")
-        await self.host.connection.acquire()
         request = load(ConsoleRequest, call.arguments)
-        stream: ByteStream = await self.host.connection.hooks.call("domain_console", request, ByteStream)
-        return stream
+        domain = Domain(self.host.connection, request.name, request.uuid)
+        return self._opening_of("domain_console", subject_of(request), domain.console(request.device))
 
     async def _end(self, call: ferry.Call, serial: int) -> object:
         assert self.host is not None
@@ -325,7 +382,13 @@ class Session:
         self._need_to_change(call.name)
         given = {"progress": partial(self._sample, serial)} if call.name == "perform" else {}
         arguments = load_arguments(getattr(HostEnd, call.name), call.arguments, **given)
-        return await getattr(self.host.connection.host, call.name)(**arguments)
+        method = getattr(self.host.connection.host, call.name)
+        action = _ACTIONS.get(call.name)
+        if action is None:
+            # It settles what has begun: nobody may keep it from that.
+            return await method(**arguments)
+        async with self._doing(action, subject_of(SimpleNamespace(**arguments))):
+            return await method(**arguments)
 
     def _sample(self, serial: int, statistics: TransferStatistics) -> None:
         self._tell(ferry.PROGRAM, ferry.Number.PROGRESS, ferry.Progress(serial, dump(statistics)))
@@ -347,7 +410,7 @@ class Session:
     def _need_to_change(self, what: str) -> None:
         """Refuse a change to a client that only reads."""
         if self.read_only:
-            raise HostBusyError(f"this connection is read-only, and {what} changes something")
+            raise AccessDeniedError(f"this connection is read-only, and {what} changes something")
 
     async def open(self, uri: str, *, read_only: bool = False) -> None:
         """Open a host for this client.
@@ -359,6 +422,11 @@ class Session:
             if self.host is not None:
                 raise WireFault(Code.INTERNAL, "connection already open", Of.RPC)
             host = await self.hosts.get(uri)
+            request = AccessRequest(client=self.client, action="connection_open", host=uri)
+            reason = await host.connection.hooks.review_access(request)
+            if reason is not None:
+                audit(self.client, "connection_open", uri, None, "refused", reason)
+                raise AccessDeniedError(f"access denied: {reason}")
             self.read_only = self.read_only or read_only
             self.host, self.uri = host, uri
             host.listeners.append(self._hear)
@@ -418,14 +486,16 @@ async def serve(
     hosts: Hosts,
     limits: Limits,
     *,
-    who: str,
+    client: Client,
     read_only: bool = False,
     secure: bool = False,
 ) -> None:
     """Serve one client, and end with it."""
     from ferryman_remote.daemon import calls  # noqa: F401 - it fills the registry, and needs sessions itself
 
-    link = Link(stream, name=who, limit=min(limits.message_bytes, _OPENING_BYTES))
-    session = Session(link=link, hosts=hosts, limits=limits, who=who, read_only=read_only, secure=secure)
-    _log.debug("%s connected", who)
+    link = Link(stream, name=str(client), limit=min(limits.message_bytes, _OPENING_BYTES))
+    session = Session(
+        link=link, hosts=hosts, limits=limits, client=client, read_only=read_only, secure=secure
+    )
+    _log.debug("%s connected", client)
     await session.run()
