@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -175,6 +176,80 @@ async def test_our_client_has_the_api_of_a_local_one(field: Field) -> None:
             assert await source.list_domains() == []
             await moved.destroy()
     field.assert_unbroken(crossings=1)
+
+
+_PASSED = """
+import os, sys
+for index, descriptor in enumerate(map(int, sys.argv[2].split(",")), 3):
+    os.dup2(descriptor, index)
+os.environ |= {"LISTEN_FDS": sys.argv[3], "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": sys.argv[4]}
+os.execv(sys.executable, [sys.executable, "-m", "ferryman_remote.daemon.main", "--config", sys.argv[1]])
+"""
+
+
+def passed(
+    directory: Path, listeners: list[socket.socket], names: str, config: str = ""
+) -> subprocess.Popen[str]:
+    """A daemon that is given its sockets, as systemd gives them."""
+    (directory / "passed.toml").write_text(f'schemes = ["qemu"]\nsocket_directory = "{directory}"\n{config}')
+    # Above those that they become.
+    high = [os.dup(os.dup(os.dup(each.fileno()))) for each in listeners]
+    descriptors = ",".join(map(str, high))
+    command = [
+        sys.executable,
+        "-c",
+        _PASSED,
+        str(directory / "passed.toml"),
+        descriptors,
+        str(len(high)),
+        names,
+    ]
+    try:
+        return subprocess.Popen(command, pass_fds=high, stderr=subprocess.PIPE, text=True)
+    finally:
+        for each in high:
+            os.close(each)
+
+
+def test_sockets_that_were_opened_for_it(field: Field) -> None:
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        for listener, name in zip(listeners, ("virtqemud-sock", "elsewhere-ro"), strict=True):
+            listener.bind(str(field.directory / name))
+            listener.listen()
+        process = passed(field.directory, listeners, "one:two")
+        stack.callback(process.communicate, timeout=PROMPT_S)
+        stack.callback(process.terminate)
+        # Nobody waits until the daemon is ready: who connects is served once it is.
+        uri = f"qemu+unix:///system?socket={field.directory / 'virtqemud-sock'}&name=qemu:///system"
+        assert virsh(uri, "hostname")
+        refused = virsh_tried(uri.replace("virtqemud-sock", "elsewhere-ro"), "create", "/dev/null")
+        assert refused.returncode == 1
+        assert not (field.directory / "elsewhere-ro").samefile(field.directory / "virtqemud-sock-ro")
+    # What others opened is theirs to remove; what it opened itself is gone.
+    assert sorted(path.name for path in field.directory.iterdir() if path.is_socket()) == [
+        "elsewhere-ro",
+        "virtqemud-sock",
+    ]
+    for name in ("elsewhere-ro", "virtqemud-sock"):
+        (field.directory / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("", "", "its unit must say FileDescriptorName=tls"),
+        ("tcp", "", "was passed for tcp, which serves everybody"),
+        ("tls", 'pki_directory = "/nonexistent"\n', "/nonexistent"),
+    ],
+)
+def test_sockets_that_it_does_not_serve(field: Field, name: str, config: str, said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = passed(field.directory, [listener], name, config)
+        _, told = process.communicate(timeout=PROMPT_S)
+    assert process.returncode == 1
+    assert said in told
+    assert told.startswith("ferrymand: ")
 
 
 def test_virsh_on_a_console(field: Field) -> None:

@@ -78,7 +78,12 @@ def test_a_wheel_holds_its_package_its_types_and_the_licence(wheels: dict[str, W
     wheel = wheels[folder]
     name = DISTRIBUTIONS[folder]
     info = f"{name}-{wheel.metadata['Version']}.dist-info"
-    assert {file.split("/")[0] for file in wheel.files} == {name, info}
+    units = {
+        f"{name}-{wheel.metadata['Version']}.data/data/share/ferryman/systemd/{file.name}"
+        for file in (ROOT / folder).glob("systemd/*")
+    }
+    assert {file for file in wheel.files if file.split("/")[0] not in (name, info)} == units
+    assert len(units) == (2 if folder == "plugins/remote" else 0)
     sources = {
         f"{name}/{file.relative_to(ROOT / folder / 'src' / name)}"
         for file in (ROOT / folder / "src" / name).rglob("*")

@@ -24,6 +24,7 @@ from ferryman.errors import ConnectError, FerrymanError
 from ferryman.hookspecs import Client
 from ferryman.registry import DRIVERS
 from ferryman.uri import ConnectionURI
+from ferryman_remote.daemon.activation import Given, given_sockets
 from ferryman_remote.daemon.config import Config, ConfigError, default_path, read_config, split_address
 from ferryman_remote.daemon.hosts import Hosts
 from ferryman_remote.daemon.session import serve
@@ -33,7 +34,7 @@ from ferryman_remote.transports import PKI_DIRECTORY, socket_name
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 _log = logging.getLogger("ferrymand")
 
@@ -43,12 +44,15 @@ _PEER_CREDENTIALS = struct.Struct("3i")
 class Daemon:
     """The listeners, the clients and the hosts of one process.
 
+    :param given: sockets that somebody else has opened for it.
     :ivar addresses: that it listens on, for messages and tests.
     :raises ConfigError: the rules cannot be read.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, given: Sequence[Given] = ()) -> None:
         self.config = config
+        self._given = given
+        self._tls: ssl.SSLContext | None = None
         self.addresses: list[str] = []
         self._clients = 0
         self._reviewer = config.reviewer()
@@ -70,35 +74,84 @@ class Daemon:
                 allows=self.config.allows,
                 reviewer=self._reviewer,
             )
+            serving = {
+                "tls": partial(self._serve_tls, hosts),
+                "tcp": partial(self._serve_tcp, hosts),
+                "unix": partial(self._serve_unix, hosts, read_only=False),
+                "unix-ro": partial(self._serve_unix, hosts, read_only=True),
+            }
+            given = [(_address_of(each), each) for each in self._given]
+            taken = {address for address, _ in given}
             for scheme in self.config.schemes or _installed_schemes():
-                for read_only in (False, True):
-                    path = Path(self.config.socket_directory) / socket_name(scheme, read_only=read_only)
-                    listener = await _listen_unix(path, read_only=read_only)
+                for kind in ("unix", "unix-ro"):
+                    path = Path(self.config.socket_directory) / socket_name(
+                        scheme, read_only=kind == "unix-ro"
+                    )
+                    if str(path) in taken:
+                        continue
+                    listener = await _listen_unix(path, read_only=kind == "unix-ro")
                     stack.callback(path.unlink, missing_ok=True)
-                    tasks.start_soon(accept, listener, partial(self._serve_unix, hosts, read_only=read_only))
+                    tasks.start_soon(accept, listener, serving[kind])
                     self.addresses.append(f"unix:{path}")
-            if self.config.tls_listen:
-                context = context_of(pki(self.config.pki_directory or None, "server"), server=True)
-                listener = self._listen("tls", self.config.tls_listen)
-                tasks.start_soon(accept, listener, partial(self._serve_tls, hosts, context))
-            if self.config.tcp_listen:
-                listener = self._listen("tcp", self.config.tcp_listen)
-                tasks.start_soon(accept, listener, partial(self._serve_tcp, hosts))
+            for address, each in given:
+                kind = self._kind_of(each, address)
+                tasks.start_soon(accept, each.listener, serving[kind])
+                self._announce(kind, each.listener, address)
+            for kind, address in (("tls", self.config.tls_listen), ("tcp", self.config.tcp_listen)):
+                if address:
+                    tasks.start_soon(accept, self._listen(kind, address), serving[kind])
             for uri in self.config.hosts:
                 tasks.start_soon(_open_ahead, hosts, uri)
             ready()
             await anyio.sleep_forever()
 
     def _listen(self, transport: str, address: str) -> socket.socket:
+        if transport == "tls":
+            self._context()
         host, port = split_address(address, f"{transport}_listen")
         try:
             listener = listen_tcp(host, port)
         except OSError as error:
             raise ConfigError(f"{address} cannot be listened on: {error}") from error
-        port = listener.getsockname()[1]
-        self._reached = self._reached or (transport, host, port)
-        self.addresses.append(f"{transport}:{host}:{port}")
+        self._announce(transport, listener, host)
         return listener
+
+    def _announce(self, kind: str, listener: socket.socket, host: str) -> None:
+        """Note an address that is listened on."""
+        if listener.family == socket.AF_UNIX:
+            self.addresses.append(f"unix:{host}")
+            return
+        port = listener.getsockname()[1]
+        if self._reached is None or (kind == "tls" and self._reached[0] == "tcp"):
+            self._reached = (kind, host, port)
+        self.addresses.append(f"{kind}:{host}:{port}")
+
+    def _kind_of(self, given: Given, address: str) -> str:
+        """How a socket that was passed is served.
+
+        :raises ConfigError: its unit does not say, or it would need what the configuration does not allow.
+        """
+        if given.listener.family == socket.AF_UNIX:
+            return "unix-ro" if address.endswith("-ro") else "unix"
+        if given.name not in ("tls", "tcp"):
+            raise ConfigError(
+                f"a socket of {address} was passed, named {given.name!r:.60}: its unit must say"
+                " FileDescriptorName=tls or FileDescriptorName=tcp"
+            )
+        if given.name == "tcp" and not self.config.tcp_without_encryption:
+            raise ConfigError(
+                f"a socket of {address} was passed for tcp, which serves everybody who can reach it, unencrypted and"
+                " unasked: pass one for tls, or set tcp_without_encryption = true if the network is yours alone"
+            )
+        if given.name == "tls":
+            self._context()
+        return given.name
+
+    def _context(self) -> ssl.SSLContext:
+        """What the daemon shows and asks for over TLS. :raises ConnectError: its certificates cannot be used."""
+        if self._tls is None:
+            self._tls = context_of(pki(self.config.pki_directory or None, "server"), server=True)
+        return self._tls
 
     def _address(self, uri: ConnectionURI) -> str | None:
         """By which other hosts reach a host of this daemon; None where they cannot."""
@@ -129,16 +182,14 @@ class Daemon:
                     stream, hosts, self.config.limits, client=client, read_only=read_only, secure=True
                 )
 
-    async def _serve_tls(
-        self, hosts: Hosts, context: ssl.SSLContext, stream: PlainStream, peer: tuple[str, int]
-    ) -> None:
+    async def _serve_tls(self, hosts: Hosts, stream: PlainStream, peer: tuple[str, int]) -> None:
         client = _at("tls", peer)
         with self._place(client) as place:
             if not place:
                 return
             try:
                 with anyio.fail_after(self.config.opening_s):
-                    encrypted, name = await as_server(stream, context, self.config.tls_allowed_names)
+                    encrypted, name = await as_server(stream, self._context(), self.config.tls_allowed_names)
             except (ConnectError, TimeoutError) as error:
                 why = str(error) or f"the handshake took longer than {self.config.opening_s:g} s"
                 _log.warning("%s is refused: %s", client, why)
@@ -164,6 +215,12 @@ class Daemon:
             yield True
         finally:
             self._clients -= 1
+
+
+def _address_of(given: Given) -> str:
+    """Where a socket listens: a path, or a host."""
+    name = given.listener.getsockname()
+    return str(name if given.listener.family == socket.AF_UNIX else name[0])
 
 
 def _at(transport: str, peer: tuple[str, int]) -> Client:
@@ -201,8 +258,8 @@ async def _listen_unix(path: Path, *, read_only: bool) -> socket.socket:
 
 
 async def run(config: Config) -> None:
-    """Serve until a signal asks to end."""
-    daemon = Daemon(config)
+    """Serve until a signal asks to end. :raises ValueError: sockets that were passed cannot be used."""
+    daemon = Daemon(config, given_sockets(os.environ))
 
     def ready() -> None:
         _log.info("listening on %s", ", ".join(daemon.addresses))
