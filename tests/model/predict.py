@@ -111,7 +111,6 @@ def predict(point: str, fault: str) -> frozenset[str]:
     """
     visited = _visited()
     worlds = visited["transfer" if point.startswith("transfer") else point]
-    rules = Rules(Protocol(), _CALM)
     ends: set[str] = set()
     queue = list(_struck(worlds, fault))
     seen = set(queue)
@@ -119,13 +118,20 @@ def predict(point: str, fault: str) -> frozenset[str]:
         world = queue.pop()
         if all(host.up and not host.runs for host in world.hosts):
             ends.add(_owner(world))
-        moves = [following for _words, following in rules.progress(world)]
-        moves += [rules.restart(world, number) for number, host in enumerate(world.hosts) if not host.up]
-        for following in moves:
+        for following in _moves(world):
             if following not in seen:
                 seen.add(following)
                 queue.append(following)
     return frozenset(ends)
+
+
+@cache
+def _moves(world: World) -> tuple[World, ...]:
+    """What can follow a world: many points and faults lead through the same ones."""
+    rules = Rules(Protocol(), _CALM)
+    moves = [following for _words, following in rules.progress(world)]
+    moves += [rules.restart(world, number) for number, host in enumerate(world.hosts) if not host.up]
+    return tuple(moves)
 
 
 def _owner(world: World) -> str:
