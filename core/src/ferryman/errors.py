@@ -15,6 +15,7 @@ Every leaf has a ``code`` in kebab-case, and ``docs/errors/<code>.md`` says what
      |    +-- HypervisorError         hypervisor-failed
      +-- ConnectError                 connect-failed
      +-- HostBusyError                host-busy
+     +-- AccessDeniedError            access-denied
      +-- ConnectionClosedError        connection-closed
      +-- DomainError
      |    +-- DomainNotFoundError     domain-not-found
