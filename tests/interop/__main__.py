@@ -66,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.interop", description=__doc__)
     parser.add_argument("--sample", type=int, help="broken messages of each version; default: every one")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the sample")
+    parser.add_argument("--write", action="store_true", help="run the verbs alone, and write their page")
     arguments = parser.parse_args(argv)
     print("verbs of virsh", flush=True)
-    wrong_verbs, total = verbs.run_verbs(_say)
+    outcomes = verbs.run_verbs(_say)
+    wrong_verbs, total = [each.verb for each in outcomes if not each.good], len(outcomes)
+    if arguments.write:
+        verbs.PAGE.write_text(verbs.page(outcomes))
+        return 0
     migrations, broken = [], 0
     try:
         for protocol in _PROTOCOLS:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.daemons import Terminal, daemons, virsh_tried
 from tests.qemu import NAME, PROMPT_S, Field, console_definition, laid_out
@@ -89,9 +90,44 @@ print("ok")
 """
 
 
-def run_verbs(say: Callable[[str], None]) -> tuple[list[str], int]:
-    """Try every verb; returns those that did not pass, and how many there are."""
-    wrong: list[str] = []
+PAGE = Path(__file__).parents[2] / "docs/reference/virsh-verbs.md"
+
+_HEAD = """# Verbs of virsh
+
+Each row is a command of stock virsh, given in this order to `ferrymand`, with a guest on real QEMU. `python -m
+tests.interop --write` runs them and writes this page. Migrations, and what is done to them while they run, are told
+of in [ferrymand](../use/ferrymand.md).
+
+| command | outcome |
+| --- | --- |
+"""
+
+
+class Outcome(NamedTuple):
+    """What a command came to.
+
+    :param said: by virsh, where it was wrong.
+    """
+
+    command: str
+    good: bool
+    said: str
+
+    @property
+    def verb(self) -> str:
+        return self.command.split()[0]
+
+
+def page(outcomes: Sequence[Outcome]) -> str:
+    """The page of the documentation that tells of them."""
+    told = ("passes" if each.good else f"fails: {' '.join(each.said.split())}" for each in outcomes)
+    rows = (f"| `{each.command}` | {outcome} |\n" for each, outcome in zip(outcomes, told, strict=True))
+    return _HEAD + "".join(rows).replace("{", "").replace("}", "")
+
+
+def run_verbs(say: Callable[[str], None]) -> list[Outcome]:
+    """Try every verb."""
+    outcomes: list[Outcome] = []
     with laid_out() as field, daemons(field) as (a, _b):
         path = field.directory / "definition.xml"
         definition = console_definition(field, "pty")
@@ -101,12 +137,11 @@ def run_verbs(say: Callable[[str], None]) -> tuple[list[str], int]:
             verb = words[0]
             status, shown = (_on_terminal if verb == "console" else _alone)(a.uri(field.roots[0]), words)
             good = status == 0 and re.search(printed, shown) is not None
-            if not good:
-                wrong.append(verb)
+            outcomes.append(Outcome(command, good, shown.strip()))
             say(f"{verb:20} {'ok' if good else 'WRONG: ' + shown.strip()}")
         for leftover in field.directory.glob("state*"):
             leftover.unlink()
-    return wrong, len(_VERBS)
+    return outcomes
 
 
 def _alone(uri: str, words: list[str]) -> tuple[int, str]:
