@@ -252,6 +252,38 @@ def test_sockets_that_it_does_not_serve(field: Field, name: str, config: str, sa
     assert told.startswith("ferrymand: ")
 
 
+def test_rules_of_a_migration(field: Field) -> None:
+    rules = field.directory / "rules.toml"
+    for forbidden in ("migrate_in", "migrate_out", "domain_undefine"):
+        rules.write_text(
+            f'[[rule]]\nallow = false\nactions = ["{forbidden}"]\ndomains = ["{NAME}"]\n[[rule]]\nallow = true\n'
+        )
+        with daemons(field, rules=str(rules)) as (a, b):
+            uris = a.uri(field.roots[0]), b.uri(field.roots[1])
+            if forbidden == "migrate_in":
+                path = field.directory / "definition.xml"
+                path.write_text(field.definition)
+                virsh(uris[0], "create", str(path))
+                field.wait_ticks(20)
+            done = virsh_tried(uris[0], "migrate", "--live", NAME, uris[1])
+            there = virsh(uris[1], "list", "--name").split() == [NAME]
+            if forbidden == "domain_undefine":
+                assert (done.returncode, there) == (0, True), done.stderr
+                virsh(uris[1], "destroy", NAME)
+                lines = [line for line in b.log.read_text().splitlines() if 'action="migrate_in"' in line]
+                # By virsh at libvirt's prepare, and by the other daemon; that one announces the guest first, which ends
+                # where it is prepared.
+                # The same log tells of the first round, in which it was refused.
+                results = [line.rpartition("result=")[2] for line in lines if "refused" not in line]
+                assert results.count('"done"') >= 2
+                assert set(results) <= {'"done"', '"cancelled"'}
+            else:
+                assert (done.returncode, there) == (1, False)
+                assert f"rule 1 forbids anybody {forbidden} of domain {NAME}" in done.stderr
+                assert virsh(uris[0], "domstate", NAME).strip() == "running"
+    field.assert_unbroken(crossings=1)
+
+
 def test_virsh_on_a_console(field: Field) -> None:
     with daemons(field) as (a, _b):
         uri = a.uri(field.roots[0])

@@ -74,7 +74,7 @@ def audit(
 ) -> None:
     """Write down what became of a change.
 
-    :param result: done, failed or refused.
+    :param result: done, failed, cancelled or refused.
     """
     fields = {"who": client.identity, "from": str(client), "action": action, "host": host, "domain": name}
     fields |= {"result": result, "reason": reason}

@@ -238,6 +238,9 @@ class Session:
                 raise AccessDeniedError(f"access denied: {reason}")
         try:
             yield
+        except anyio.get_cancelled_exc_class():
+            told(subject.name, "cancelled")
+            raise
         except BaseException as error:
             told(subject.name, "failed", str(error) or type(error).__name__)
             raise
