@@ -256,7 +256,7 @@ def test_rules_of_a_migration(field: Field) -> None:
     rules = field.directory / "rules.toml"
     for forbidden in ("migrate_in", "migrate_out", "domain_undefine"):
         rules.write_text(
-            f'[[rule]]\nallow = false\nactions = ["{forbidden}"]\ndomains = ["{NAME}"]\n[[rule]]\nallow = true\n'
+            f'[[rule]]\nallow = false\nactions = ["{forbidden}"]\ndomains = ["{NAME}", "db"]\n[[rule]]\nallow = true\n'
         )
         with daemons(field, rules=str(rules)) as (a, b):
             uris = a.uri(field.roots[0]), b.uri(field.roots[1])
@@ -265,6 +265,11 @@ def test_rules_of_a_migration(field: Field) -> None:
                 path.write_text(field.definition)
                 virsh(uris[0], "create", str(path))
                 field.wait_ticks(20)
+            if forbidden == "migrate_in":
+                # By the name that it would have there, which only the daemons tell each other here.
+                renamed = virsh_tried(uris[0], "migrate", "--live", "--p2p", "--dname", "db", NAME, uris[1])
+                assert renamed.returncode == 1
+                assert "rule 1 forbids anybody migrate_in of domain db" in renamed.stderr
             done = virsh_tried(uris[0], "migrate", "--live", NAME, uris[1])
             there = virsh(uris[1], "list", "--name").split() == [NAME]
             if forbidden == "domain_undefine":

@@ -180,10 +180,18 @@ async def test_what_a_rule_forbids_is_not_done(tmp_path: Path, caplog: pytest.Lo
                 Packet(ferry.PROGRAM, 1, number, PacketType.CALL, 90, payload=call).pack()
             )
             assert "rule 1 forbids" in ((await client.error()).message or "")
+        # What concerns no domain that is known is for a rule about all of them.
+        tuning = {"migration_id": "0" * 32, "tuning": {"max_downtime_ms": 5}}
+        call = encode(ferry.Call("tune", dump(tuning)))
+        await client.stream.send(
+            Packet(ferry.PROGRAM, 1, ferry.Number.HOST, PacketType.CALL, 91, payload=call).pack()
+        )
+        assert "is not sending" in ((await client.error()).message or "")
         await client.send("DOMAIN_DESTROY", web)
         await client.ok()
         await client.send("DOMAIN_DESTROY", web)
         await client.error()
+    assert any('action="migrate_tune"' in record.message for record in caplog.records)
     lines = [record.message for record in caplog.records if record.name == "ferrymand.audit"]
     assert lines[0] == (
         'who="uid:1000" from="user 1000, process 7" action="domain_create" host="test:///session/host"'

@@ -32,7 +32,6 @@ class Far:
         self.link = link
         self.stream: PacketStream | None = None
         self.heard: list[Packet] = []
-        self.opened = anyio.Event()
         self.refuses = False
 
     async def take(self, packet: Packet) -> None:
@@ -45,8 +44,7 @@ class Far:
             self.stream = PacketStream(self.link, packet)
             self.link.send(answer)
             # Right behind the answer, before anybody can have looked at it.
-            await self.stream.send(b"login: ")
-            self.opened.set()
+            self.say(Status.CONTINUE, b"login: ", packet.serial)
         elif self.stream is not None:
             self.heard.append(packet)
             self.stream.take(packet)

@@ -188,6 +188,8 @@ class Hooks:
                 if not (reason is None or isinstance(reason, str)):
                     raise TypeError("it answered something else than a reason, or None")
             except Exception:  # noqa: BLE001 - the boundary to code that is not ours
+                # Somebody else's code may raise anything. What it would have said is not known, so the client may not
+                # do it; the call is answered with that, and a session with other calls under way goes on.
                 _log.exception("observer failed to review access", extra={"distribution": distribution})
                 return f"the observer {distribution} failed on the request"
             if reason is not None:

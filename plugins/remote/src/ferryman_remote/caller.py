@@ -115,8 +115,8 @@ class Caller:
         """
         serial, waiting = self._send(program, procedure, arguments)
         opening = Packet(program, 1, procedure, PacketType.CALL, serial)
-        stream = self._streams[serial] = PacketStream(self.link, opening)
-        stream.when_closed = partial(self._streams.pop, serial, None)
+        forget = partial(self._streams.pop, serial, None)
+        stream = self._streams[serial] = PacketStream(self.link, opening, forget)
 
         async def close(_answer: Void) -> None:
             await stream.aclose()
@@ -124,7 +124,7 @@ class Caller:
         try:
             await self._answer(program, serial, waiting, Void, close)
         except BaseException:
-            self._streams.pop(serial, None)
+            forget()
             raise
         return stream
 

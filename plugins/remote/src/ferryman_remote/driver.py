@@ -6,6 +6,7 @@ that broke is made anew by the next call; what became of the call that it broke 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,6 +15,7 @@ from ferryman.engine import Begun, HostEnd, Prepared
 from ferryman.errors import (
     ConnectError,
     ConnectionClosedError,
+    FerrymanError,
     HypervisorError,
     NotSupportedError,
 )
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from ferryman.types import DomainInfo, DomainUUID, MigrationId, MigrationOptions, Side, Tuning
     from ferryman.uri import ConnectionURI
     from ferryman_remote.streams import PacketStream
+
+_log = logging.getLogger(__name__)
 
 _OPEN_S = 20.0
 _PING_S = 5.0
@@ -194,8 +198,9 @@ class RemoteEnd(HostEnd):
         }
         try:
             await self._call("expect", arguments)
-        except (ConnectError, ConnectionClosedError):
-            return  # nothing fails here; prepare says that the host is away
+        except FerrymanError as error:
+            # Nothing fails here: that the host is away, or does not let the guest come, prepare says as well.
+            _log.info("nothing was started ahead for domain %s: %s", domain.name, error)
 
     async def prepare(
         self, cookie: bytes, domain: DomainInfo, definition: str, options: MigrationOptions, *, paused: bool

@@ -91,6 +91,8 @@ class Link:
         """Wait until little is queued: for a sender who always has more. It returns, too, when the link has ended."""
         await anyio.lowlevel.checkpoint()
         while len(self._waiting) > _ROOM_BYTES and not self._ended.is_set():
+            if self._written.is_set():
+                self._written = anyio.Event()
             await self._written.wait()
 
     def finish(self) -> None:
@@ -118,7 +120,7 @@ class Link:
                     self._scope.cancel()
         finally:
             self._ended.set()
-            self._let_write()
+            self._written.set()
             with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                 await anyio.aclose_forcefully(self._stream)
 
@@ -152,7 +154,7 @@ class Link:
                     self._writing = True
                     await self._stream.send(data)
                     self._writing = False
-                    self._let_write()
+                    self._written.set()
                 if self._last:
                     self._scope.cancel()
                     return
@@ -160,10 +162,6 @@ class Link:
                 await self._wake.wait()
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             self.cut(f"the connection broke: {error.__cause__ or error}")
-
-    def _let_write(self) -> None:
-        self._written.set()
-        self._written = anyio.Event()
 
     async def _watch(self) -> None:
         unanswered = 0

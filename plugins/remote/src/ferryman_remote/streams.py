@@ -38,21 +38,21 @@ class PacketStream(anyio.abc.ByteStream):
     """Our end of a stream.  One task receives at a time, and one sends.
 
     :param opening: the call that opened it.
+    :param when_closed: called once this side has ended it: what comes for it later is nobody's.
     """
 
-    def __init__(self, link: Link, opening: Packet) -> None:
+    def __init__(self, link: Link, opening: Packet, when_closed: Callable[[], object] | None = None) -> None:
         self._link = link
         self._head = opening._replace(type=PacketType.STREAM, status=Status.OK, payload=b"", descriptors=0)
         self._received = bytearray()
         self._no_more = False
         self._sent_end = False
         self._changed = anyio.Event()
+        self._when_closed = when_closed
         self.finished = False
         """The other side has ended it, or its link has ended."""
         self.failure = ""
         """Why it broke."""
-        self.when_closed: Callable[[], object] = bool
-        """Called once this side has ended it: what comes for it later is nobody's."""
 
     def owns(self, packet: Packet) -> bool:
         """Whether a packet of its serial belongs to it."""
@@ -135,7 +135,8 @@ class PacketStream(anyio.abc.ByteStream):
         if not self._sent_end:
             self._sent_end = True
             self._link.send(packet)
-            self.when_closed()
+            if self._when_closed is not None:
+                self._when_closed()
         self._wake()
 
     def _wake(self) -> None:

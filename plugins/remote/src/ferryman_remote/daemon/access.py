@@ -32,36 +32,28 @@ class Subject(NamedTuple):
 
 
 def subject_of(arguments: Any) -> Subject:
-    """The domain of a call, by the names that libvirt's messages and Ferryman's requests have for it."""
+    """The domain of a call, by the names that libvirt's messages and the requests of hooks have for it."""
     dom = getattr(arguments, "dom", None)
     if dom is not None:
-        return _known(DomainUUID(str(UUID(bytes=dom.uuid))), dom.name)
-    arrives = getattr(arguments, "domain", None)
-    if arrives is not None:
-        # Where its definition comes with it, it is one that this host does not have yet.
-        if hasattr(arguments, "definition"):
-            return Subject(arrives.uuid, arrives.name)
-        return _known(arrives.uuid, arrives.name)
+        return known(DomainUUID(str(UUID(bytes=dom.uuid))), dom.name)
     if hasattr(arguments, "uuid") and hasattr(arguments, "name"):
-        return _known(arguments.uuid, arguments.name)
-    given = {each.field: each.value for each in getattr(arguments, "params", ())}
-    given |= {
-        key: getattr(arguments, key, None) for key in ("dname", "xml", "xml_desc", "dom_xml", "definition")
-    }
-    named = given.get("dname") or given.get("destination_name")
+        return known(arguments.uuid, arguments.name)
+    said = {each.field: each.value for each in getattr(arguments, "params", ())}
+    named = getattr(arguments, "dname", None) or said.get("destination_name")
     if named:
         return Subject(None, named)
-    for key in ("xml", "xml_desc", "dom_xml", "definition", "destination_xml"):
-        if isinstance(given.get(key), str):
-            return _defined(given[key])
-    return Subject()
+    written = [getattr(arguments, key, None) for key in ("xml", "xml_desc", "dom_xml", "definition")]
+    definition = next(filter(None, written), said.get("destination_xml"))
+    return defined(definition) if isinstance(definition, str) else Subject()
 
 
-def _known(uuid: DomainUUID, name: str) -> Subject:
+def known(uuid: DomainUUID, name: str) -> Subject:
+    """A domain that a client says the host has."""
     return Subject(uuid, name, (uuid, name))
 
 
-def _defined(definition: str) -> Subject:
+def defined(definition: str) -> Subject:
+    """A domain that the host is to have."""
     try:
         parsed = parse_definition(definition)
     except DefinitionError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache, partial
 from typing import Any
@@ -442,58 +442,42 @@ _SCOPES = (Scope.CURRENT, Scope.LIVE, Scope.CONFIG, Scope.BOTH)
 """By the flags, of which 1 asks for the guest and 2 for the definition."""
 
 
-def _scope(flags: int, what: str) -> Scope:
-    _need_flags(flags, len(_SCOPES) - 1, what)
-    return _SCOPES[flags]
-
-
 @_changes("domain_autostart", "DOMAIN_SET_AUTOSTART")
 async def _set_autostart(session: Session, arguments: p.DomainSetAutostart) -> None:
     await _domain(session, arguments.dom).set_autostart(arguments.autostart != 0)
 
 
-@_changes("domain_set_memory", "DOMAIN_SET_MEMORY")
-async def _set_memory(session: Session, arguments: p.DomainSetMemory) -> None:
-    await _domain(session, arguments.dom).set_memory(arguments.memory * _KIB, Scope.LIVE)
+def _scoped(action: str, procedure: str, change: Callable[[Domain, Any, Scope], Awaitable[None]]) -> None:
+    """Register a change that libvirt has two procedures for: of the guest, and of what flags say."""
+
+    @_changes(action, procedure)
+    async def of_guest(session: Session, arguments: Any) -> None:
+        await change(_domain(session, arguments.dom), arguments, Scope.LIVE)
+
+    @_changes(action, f"{procedure}_FLAGS")
+    async def by_flags(session: Session, arguments: Any) -> None:
+        _need_flags(arguments.flags, len(_SCOPES) - 1, f"{procedure}_FLAGS")
+        await change(_domain(session, arguments.dom), arguments, _SCOPES[arguments.flags])
 
 
-@_changes("domain_set_memory", "DOMAIN_SET_MEMORY_FLAGS")
-async def _set_memory_flags(session: Session, arguments: p.DomainSetMemoryFlags) -> None:
-    scope = _scope(arguments.flags, "DOMAIN_SET_MEMORY_FLAGS")
-    await _domain(session, arguments.dom).set_memory(arguments.memory * _KIB, scope)
-
-
-@_changes("domain_set_vcpus", "DOMAIN_SET_VCPUS")
-async def _set_vcpus(session: Session, arguments: p.DomainSetVcpus) -> None:
-    await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus, Scope.LIVE)
-
-
-@_changes("domain_set_vcpus", "DOMAIN_SET_VCPUS_FLAGS")
-async def _set_vcpus_flags(session: Session, arguments: p.DomainSetVcpusFlags) -> None:
-    scope = _scope(arguments.flags, "DOMAIN_SET_VCPUS_FLAGS")
-    await _domain(session, arguments.dom).set_vcpus(arguments.nvcpus, scope)
-
-
-@_changes("domain_attach", "DOMAIN_ATTACH_DEVICE")
-async def _attach(session: Session, arguments: p.DomainAttachDevice) -> None:
-    await _domain(session, arguments.dom).attach_device(arguments.xml, Scope.LIVE)
-
-
-@_changes("domain_attach", "DOMAIN_ATTACH_DEVICE_FLAGS")
-async def _attach_flags(session: Session, arguments: p.DomainAttachDeviceFlags) -> None:
-    scope = _scope(arguments.flags, "DOMAIN_ATTACH_DEVICE_FLAGS")
-    await _domain(session, arguments.dom).attach_device(arguments.xml, scope)
-
-
-@_changes("domain_detach", "DOMAIN_DETACH_DEVICE")
-async def _detach(session: Session, arguments: p.DomainAttachDevice) -> None:
-    await _domain(session, arguments.dom).detach_device(arguments.xml, Scope.LIVE)
-
-
-@_changes("domain_detach", "DOMAIN_DETACH_DEVICE_FLAGS")
-async def _detach_flags(session: Session, arguments: p.DomainAttachDeviceFlags) -> None:
-    scope = _scope(arguments.flags, "DOMAIN_DETACH_DEVICE_FLAGS")
-    await _domain(session, arguments.dom).detach_device(arguments.xml, scope)
+_scoped(
+    "domain_set_memory",
+    "DOMAIN_SET_MEMORY",
+    lambda domain, asked, scope: domain.set_memory(asked.memory * _KIB, scope),
+)
+_scoped(
+    "domain_set_vcpus", "DOMAIN_SET_VCPUS", lambda domain, asked, scope: domain.set_vcpus(asked.nvcpus, scope)
+)
+_scoped(
+    "domain_attach",
+    "DOMAIN_ATTACH_DEVICE",
+    lambda domain, asked, scope: domain.attach_device(asked.xml, scope),
+)
+_scoped(
+    "domain_detach",
+    "DOMAIN_DETACH_DEVICE",
+    lambda domain, asked, scope: domain.detach_device(asked.xml, scope),
+)
 
 
 # What a domain is

@@ -7,21 +7,20 @@ import logging
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_origin
 
 import anyio
 from anyio.abc import ByteStream
 
-from ferryman.connection import Domain
-from ferryman.definition import parse_definition
+from ferryman.connection import Connection, Domain
+from ferryman.definition import arriving_definition, parse_definition
 from ferryman.engine import HostEnd
 from ferryman.errors import AccessDeniedError, DomainNotFoundError, FerrymanError, NotSupportedError
 from ferryman.hookspecs import AccessRequest, Client, ConsoleRequest, DriverHooks
 from ferryman.types import DomainInfo, DomainUUID
 from ferryman_remote import ferry
 from ferryman_remote.contain import contained
-from ferryman_remote.daemon.access import UNASKED, Subject, audit, subject_of
+from ferryman_remote.daemon.access import UNASKED, Subject, audit, defined, known, subject_of
 from ferryman_remote.daemon.answers import ANSWERS, CLOSE, Answer
 from ferryman_remote.daemon.errors import Code, Of, WireFault, fault, told, told_to_ferryman
 from ferryman_remote.daemon.events import packets_of
@@ -52,6 +51,7 @@ _ACTIONS = {
     "begin": "migrate_out",
     "expect": "migrate_in",
     "prepare": "migrate_in",
+    "tune": "migrate_tune",
     "resolve": "migrate_resolve",
 }
 """What methods of a host's end are called where it is asked who may do it."""
@@ -190,10 +190,10 @@ class Session:
             with scope, self._answering(packet):
                 async with self._room:
                     result = await self._result(packet)
-                    if not isinstance(result, AbstractAsyncContextManager):
-                        self._reply(packet, result)
                 if isinstance(result, AbstractAsyncContextManager):
                     await self._run_stream(packet, result)
+                else:
+                    self._reply(packet, result)
             if scope.cancelled_caught:
                 self._refuse(packet, Code.OPERATION_ABORTED, "the call was cancelled")
         finally:
@@ -207,7 +207,7 @@ class Session:
         answer = ANSWERS[packet.procedure]
         arguments = self._arguments(packet, answer)
         if answer.streams:
-            return self._opening_of(answer.action, subject_of(arguments), answer.body(self, arguments))
+            return self._guarded_stream(answer.action, subject_of(arguments), answer.body(self, arguments))
         if not answer.action:
             return cast("Result", await answer.body(self, arguments))
         async with self._doing(answer.action, subject_of(arguments)):
@@ -222,20 +222,14 @@ class Session:
         :raises AccessDeniedError: it may not.
         """
         assert self.host is not None
-        hooks = self.host.connection.hooks
-        told = partial(audit, self.client, action, self.uri)
-        if hooks.reviews_access and action not in UNASKED:
+        connection = self.host.connection
+        if connection.hooks.reviews_access and action not in UNASKED:
             if subject.known is not None:
                 # A client says names as it likes: what counts is the one that the host has for the uuid.
-                found = await self.host.connection.lookup_by_uuid(subject.known[0])
+                found = await connection.lookup_by_uuid(subject.known[0])
                 subject = Subject(found.uuid, found.name)
-            request = AccessRequest(
-                client=self.client, action=action, host=self.uri, uuid=subject.uuid, name=subject.name
-            )
-            reason = await hooks.review_access(request)
-            if reason is not None:
-                told(subject.name, "refused", reason)
-                raise AccessDeniedError(f"access denied: {reason}")
+            await self._review(connection, self.uri, action, subject)
+        told = partial(audit, self.client, action, self.uri)
         try:
             yield
         except anyio.get_cancelled_exc_class():
@@ -246,8 +240,18 @@ class Session:
             raise
         told(subject.name, "done")
 
+    async def _review(self, connection: Connection, uri: str, action: str, subject: Subject) -> None:
+        """Ask whether the client may do something. :raises AccessDeniedError: it may not."""
+        request = AccessRequest(
+            client=self.client, action=action, host=uri, uuid=subject.uuid, name=subject.name
+        )
+        reason = await connection.hooks.review_access(request)
+        if reason is not None:
+            audit(self.client, action, uri, subject.name, "refused", reason)
+            raise AccessDeniedError(f"access denied: {reason}")
+
     @asynccontextmanager
-    async def _opening_of(
+    async def _guarded_stream(
         self, action: str, subject: Subject, opening: AbstractAsyncContextManager[ByteStream]
     ) -> AsyncIterator[ByteStream]:
         """The same of a stream: what became of its opening."""
@@ -376,7 +380,7 @@ class Session:
         self._need_to_change("domain_console")
         request = load(ConsoleRequest, call.arguments)
         domain = Domain(self.host.connection, request.name, request.uuid)
-        return self._opening_of("domain_console", subject_of(request), domain.console(request.device))
+        return self._guarded_stream("domain_console", subject_of(request), domain.console(request.device))
 
     async def _end(self, call: ferry.Call, serial: int) -> object:
         assert self.host is not None
@@ -390,8 +394,21 @@ class Session:
         if action is None:
             # It settles what has begun: nobody may keep it from that.
             return await method(**arguments)
-        async with self._doing(action, subject_of(SimpleNamespace(**arguments))):
+        async with self._doing(action, self._subject_of_end(arguments)):
             return await method(**arguments)
+
+    def _subject_of_end(self, arguments: dict[str, Any]) -> Subject:
+        """The domain that a method of the host's end is about."""
+        assert self.host is not None
+        if "definition" in arguments:
+            # It arrives: what counts is what will be built here, whatever the caller calls it.
+            return defined(arriving_definition(arguments["definition"], arguments["options"]))
+        if "domain" in arguments:
+            return known(arguments["domain"].uuid, arguments["domain"].name)
+        for row in self.host.connection.host.open_migrations():
+            if row.migration_id == arguments.get("migration_id"):
+                return Subject(row.uuid, row.name)
+        return Subject()
 
     def _sample(self, serial: int, statistics: TransferStatistics) -> None:
         self._tell(ferry.PROGRAM, ferry.Number.PROGRESS, ferry.Progress(serial, dump(statistics)))
@@ -425,11 +442,7 @@ class Session:
             if self.host is not None:
                 raise WireFault(Code.INTERNAL, "connection already open", Of.RPC)
             host = await self.hosts.get(uri)
-            request = AccessRequest(client=self.client, action="connection_open", host=uri)
-            reason = await host.connection.hooks.review_access(request)
-            if reason is not None:
-                audit(self.client, "connection_open", uri, None, "refused", reason)
-                raise AccessDeniedError(f"access denied: {reason}")
+            await self._review(host.connection, uri, "connection_open", Subject())
             self.read_only = self.read_only or read_only
             self.host, self.uri = host, uri
             host.listeners.append(self._hear)
