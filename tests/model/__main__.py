@@ -28,15 +28,15 @@ WORLDS = {
     "one migration": Bounds(crash_hosts=True),
     "a paused guest": Bounds(crash_hosts=True, paused=True),
     "post-copy": Bounds(postcopy=True, silent=False),
+    "a person, truthful or not": Bounds(person=True, silent=False, crash_hosts=True),
+    "journals put back": Bounds(old_journals=True),
+    "journals lost": Bounds(lose_journals=True, kill=False, fail=False, silent=False),
     "three hosts": Bounds(hosts=3, silent=False),
     "there and back": Bounds(migrations=2, crash_managers=False, kill=False, silent=False),
 }
 """Small worlds, all of which are part of ``make test``."""
 
 LARGER = {
-    "a person, truthful or not": Bounds(person=True, silent=False, crash_hosts=True),
-    "journals put back": Bounds(old_journals=True),
-    "journals lost": Bounds(lose_journals=True, kill=False, fail=False, silent=False),
     "post-copy, hosts crash": Bounds(postcopy=True, crash_hosts=True),
     "post-copy, a person": Bounds(postcopy=True, person=True, silent=False),
     "there and back, managers die": Bounds(migrations=2, kill=False, silent=False, fail=False),
