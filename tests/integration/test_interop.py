@@ -43,16 +43,18 @@ def test_what_the_last_line_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest
             raise faults.Wrong("the guest is at both")
         return 40
 
-    monkeypatch.setattr(verbs, "run_verbs", lambda _say: ([], 30))
+    outcomes = [verbs.Outcome(f"verb{number}", number != 7, "") for number in range(30)]
+    monkeypatch.setattr(verbs, "run_verbs", lambda _say: outcomes)
     monkeypatch.setattr(faults, "run", wrong)
     monkeypatch.setattr(interop, "_clients", lambda: ["virsh", "libvirt-python", "ferryman"])
     assert interop.main([]) == 1
     line = capsys.readouterr().out.splitlines()[-1]
     found = re.fullmatch(
-        r"interop: FAILED verbs=30/30 migrations=v1,v2 clients=virsh,libvirt-python,ferryman (.*)", line
+        r"interop: FAILED verbs=29/30 migrations=v1,v2 clients=virsh,libvirt-python,ferryman (.*)", line
     )
     assert found is not None
     assert json.loads(found[1])["wrong"] == "the guest is at both"
+    assert json.loads(found[1])["wrong_verbs"] == ["verb7"]
 
 
 def test_a_client_that_is_told_a_lie_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
